@@ -1,0 +1,1 @@
+"""The scattered light of TESS Full Frame Images as an analysis-ready dataset."""
