@@ -1,1 +1,68 @@
-"""The scattered light of TESS Full Frame Images as an analysis-ready dataset."""
+"""The scattered light of TESS Full Frame Images as an analysis-ready dataset.
+
+    frames = tessbkg.list_ffis(sector=1, camera=1, ccd=4)
+    ffis = tessbkg.open_ffis(sector=1, camera=1, ccd=4)
+    light = tessbkg.scattered_light(ffis.isel(time=slice(0, 200)), bin=16)
+    report = tessbkg.build("bkg.zarr", sector=1, camera=1, ccd=4, bin=16)
+    ds = tessbkg.open_background("bkg.zarr", sector=1, camera=1, ccd=4)
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tessbkg.build import build, plan_build
+    from tessbkg.catalog import list_ffis
+    from tessbkg.ccd import CCD, Quality
+    from tessbkg.dataset import Options, scattered_light
+    from tessbkg.ffi import FrameStatus, read_ffi
+    from tessbkg.scene import MaskOptions
+    from tessbkg.stack import open_ffis
+    from tessbkg.store import open_background
+
+__version__ = "0.1.0"
+
+_MODULE_OF = {
+    "CCD": "ccd",
+    "FrameStatus": "ffi",
+    "MaskOptions": "scene",
+    "Options": "dataset",
+    "Quality": "ccd",
+    "build": "build",
+    "list_ffis": "catalog",
+    "open_background": "store",
+    "open_ffis": "stack",
+    "plan_build": "build",
+    "read_ffi": "ffi",
+    "scattered_light": "dataset",
+}
+
+__all__ = [
+    "CCD",
+    "FrameStatus",
+    "MaskOptions",
+    "Options",
+    "Quality",
+    "build",
+    "list_ffis",
+    "open_background",
+    "open_ffis",
+    "plan_build",
+    "read_ffi",
+    "scattered_light",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used: `import tessbkg` alone is quick."""
+    if name in _MODULE_OF:
+        value = getattr(importlib.import_module(f"tessbkg.{_MODULE_OF[name]}"), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'tessbkg' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

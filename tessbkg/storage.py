@@ -1,0 +1,231 @@
+"""Bytes in object stores and folders through fsspec: options, ranged reads, retries.
+
+Everything that tessbkg reads from a source passes through :func:`read_range` or :func:`read_ranges`, so
+this is where a transient fault is healed and where a final one gets its type.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Final, TypeVar
+
+import fsspec
+from fsspec.core import url_to_fs
+
+from tessbkg.errors import FFIMissingError, FFIReadError
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+Options = Mapping[str, Any]
+"""Keyword arguments of an fsspec filesystem; never credentials (see :func:`check_options`)."""
+
+ATTEMPTS: Final = 6
+"""Tries of one read before it counts as failed."""
+
+BACKOFF_SECONDS: Final = 0.2
+"""Longest wait before the second try; it doubles with every further one, with full jitter."""
+
+SECRETS: Final = frozenset(
+    {"key", "secret", "token", "password", "username", "account_key", "sas_token", "connection_string"}
+    | {"aws_access_key_id", "aws_secret_access_key", "aws_session_token", "headers", "auth"}
+)
+
+PUBLIC_S3: Final[Options] = {"anon": True}
+"""Options of a source bucket unless the caller says otherwise."""
+
+
+def check_options(options: Options | None, name: str = "storage_options") -> dict[str, Any]:
+    """Return `options` as a dictionary, refusing credentials.
+
+    Options travel in task graphs and logs; credentials must not. They come from the usual settings of
+    AWS (environment variables, `~/.aws`, instance roles) on the machine that uses them.
+
+    Raises
+    ------
+    ValueError
+        If an option, at any depth, is a credential.
+    """
+
+    def walk(items: Mapping[str, Any]) -> None:
+        for field, value in items.items():
+            if str(field).lower() in SECRETS and value is not None:
+                raise ValueError(
+                    f"{name} holds {field!r}: credentials are not taken as options, because options travel "
+                    "in task graphs; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or AWS_PROFILE where "
+                    "the work runs, or pass {'profile': name}"
+                )
+            if isinstance(value, Mapping):
+                walk(value)
+
+    result = dict(options or {})
+    walk(result)
+    return result
+
+
+def source_options(url: str, options: Options | None) -> dict[str, Any]:
+    """Options for reading `url`: anonymous on S3 unless `options` says otherwise."""
+    defaults = PUBLIC_S3 if url.startswith(("s3://", "s3a://")) else {}
+    return {**defaults, **check_options(options)}
+
+
+def filesystem(url: str, options: Options | None = None) -> tuple[Any, str]:
+    """Open the filesystem of `url`; return it and the path within it.
+
+    Raises
+    ------
+    ValueError
+        If the protocol of `url` is unknown or its package is not installed.
+    """
+    options = dict(options or {})
+    if url.startswith(("s3://", "s3a://")):
+        # botocore keeps ten connections by default: fewer than the reads that run at once.
+        options["config_kwargs"] = {
+            "max_pool_connections": 64,
+            "connect_timeout": 10,
+            "read_timeout": 60,
+            **options.get("config_kwargs", {}),
+        }
+    try:
+        fs, path = url_to_fs(url, **options)
+    except (ImportError, ValueError) as error:
+        raise ValueError(f"cannot open {url!r}: {error}") from error
+    return fs, path
+
+
+def join(root: str, *parts: str) -> str:
+    """Join URL parts with single slashes."""
+    return "/".join([root.rstrip("/"), *(part.strip("/") for part in parts)])
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether trying again may help: anything but absence, refusal and nonsense.
+
+    403 and 404 are final. Timeouts, resets, 5xx and throttling (s3fs raises them as `OSError` of many
+    kinds, aiohttp as `ClientError`) are not.
+    """
+    if isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError | NotADirectoryError):
+        return False
+    status = getattr(error, "status", None)
+    if isinstance(status, int) and 400 <= status < 500:
+        return status in {408, 429}
+    if isinstance(error, OSError | TimeoutError | EOFError):
+        return True
+    family = {f"{kind.__module__.split('.')[0]}" for kind in type(error).__mro__}
+    return bool(family & {"aiohttp", "botocore", "aiobotocore", "http", "urllib3"})
+
+
+def retry(
+    call: Callable[[], T], key: str, *, attempts: int = ATTEMPTS, sleep: Callable[[float], None] = time.sleep
+) -> T:
+    """Call until it succeeds, waiting longer each time; type the error that stays.
+
+    Raises
+    ------
+    FFIMissingError
+        If the object is not there.
+    FFIReadError
+        If it is refused, or faults outlast all attempts.
+    """
+    for attempt in range(attempts):
+        try:
+            return call()
+        except Exception as error:
+            if not is_transient(error) or attempt == attempts - 1:
+                raise read_error(key, error, attempt + 1) from error
+            logger.debug("%s: %s, trying again", key, type(error).__name__)
+        sleep(random.uniform(0, BACKOFF_SECONDS * 2**attempt))  # noqa: S311 (jitter)
+    raise AssertionError  # pragma: no cover
+
+
+def read_error(key: str, error: BaseException, attempts: int = 1) -> FFIReadError:
+    """Give the error of a failed read its type and one line of reason."""
+    if isinstance(error, FFIReadError):
+        return error
+    if isinstance(error, FileNotFoundError):
+        return FFIMissingError(key, "not found")
+    if isinstance(error, PermissionError):
+        return FFIReadError(key, "access denied")
+    if isinstance(error, IsADirectoryError):
+        return FFIReadError(key, "is a folder")
+    if getattr(error, "status", None) in {403, 404}:
+        return FFIMissingError(key, "not found") if error.status == 404 else FFIReadError(key, "access denied")  # type: ignore[attr-defined]
+    tries = f" after {attempts} attempts" if attempts > 1 else ""
+    return FFIReadError(key, f"{type(error).__name__}: {error}".split("\n")[0][:200] + tries)
+
+
+def read_range(fs: Any, path: str, start: int, end: int) -> bytes:
+    """Read bytes `start` to `end` (exclusive) of an object with one GET, retrying transient faults.
+
+    Fewer bytes come back where the object ends before `end`.
+
+    Raises
+    ------
+    FFIMissingError, FFIReadError
+        As :func:`retry`.
+    """
+
+    def call() -> bytes:
+        data: bytes = fs.cat_file(path, start=start, end=end)
+        return data
+
+    return retry(call, path)
+
+
+def read_ranges(
+    fs: Any, requests: Sequence[tuple[str, int, int]], *, concurrency: int = 32
+) -> list[bytes | FFIReadError]:
+    """Read many ranges at once; a failed one yields its error in place of bytes.
+
+    Parameters
+    ----------
+    fs : fsspec filesystem
+    requests : sequence of (path, start, end)
+    concurrency : int
+        GETs in flight on an asynchronous filesystem (S3, HTTP).
+    """
+    results: list[bytes | FFIReadError] = [b""] * len(requests)
+    waiting = list(range(len(requests)))
+    for attempt in range(ATTEMPTS):
+        paths, starts, ends = zip(*(requests[i] for i in waiting), strict=True) if waiting else ((), (), ())
+        if not waiting:
+            break
+        answers = fs.cat_ranges(
+            list(paths), list(starts), list(ends), batch_size=concurrency, on_error="return"
+        )
+        again = []
+        for i, answer in zip(waiting, answers, strict=True):
+            if not isinstance(answer, BaseException):
+                results[i] = bytes(answer)
+            elif is_transient(answer) and attempt < ATTEMPTS - 1:
+                again.append(i)
+            else:
+                results[i] = read_error(requests[i][0], answer, attempt + 1)
+        waiting = again
+        if waiting:
+            time.sleep(random.uniform(0, BACKOFF_SECONDS * 2**attempt))  # noqa: S311 (jitter)
+    return results
+
+
+def list_folder(fs: Any, path: str) -> list[dict[str, Any]]:
+    """List one folder afresh: dictionaries with `name`, `type`, `size`; empty when it is not there."""
+    try:
+        entries: Iterable[dict[str, Any]] = retry(lambda: fs.ls(path, detail=True, refresh=True), path)
+    except FFIMissingError:
+        return []
+    return list(entries)
+
+
+def glob(url: str, options: Options | None = None) -> list[str]:
+    """Expand a glob into sorted URLs."""
+    fs, path = filesystem(url, options)
+    return [fs.unstrip_protocol(name) for name in sorted(fs.glob(path))]
+
+
+def has_magic(url: str) -> bool:
+    """Whether `url` is a glob."""
+    return bool(set("*?[") & set(fsspec.core.strip_protocol(url)))
