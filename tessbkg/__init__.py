@@ -13,7 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tessbkg.build import build, plan_build
+    from tessbkg.jobs import build, plan_build
     from tessbkg.catalog import list_ffis
     from tessbkg.ccd import CCD, Quality
     from tessbkg.dataset import Options, scattered_light
@@ -30,11 +30,11 @@ _MODULE_OF = {
     "MaskOptions": "scene",
     "Options": "dataset",
     "Quality": "ccd",
-    "build": "build",
+    "build": "jobs",
     "list_ffis": "catalog",
     "open_background": "store",
     "open_ffis": "stack",
-    "plan_build": "build",
+    "plan_build": "jobs",
     "read_ffi": "ffi",
     "scattered_light": "dataset",
 }

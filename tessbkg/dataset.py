@@ -1,6 +1,6 @@
 """Scattered light as an xarray Dataset: options, scene, reduction, attributes.
 
-The lazy path of a notebook (:func:`scattered_light`) and the cluster job (:mod:`tessbkg.build`) share
+The lazy path of a notebook (:func:`scattered_light`) and the cluster job (:mod:`tessbkg.jobs`) share
 everything here: the same options, the same choice of dark frames, the same kernel.
 """
 
@@ -21,7 +21,7 @@ import pandas as pd
 import xarray as xr
 from dask.base import tokenize
 
-from tessbkg.ccd import CCD, DROP_QUALITY, LIVE_FRACTION, SCIENCE_SHAPE
+from tessbkg.ccd import CCD, DROP_QUALITY, FIRST_SCIENCE_COLUMN, LIVE_FRACTION, SCIENCE_SHAPE
 from tessbkg.ffi import FrameStatus
 from tessbkg.reduce import STATISTICS, Plan, plan_reduction, reduce_frame
 from tessbkg.scene import Mask, MaskOptions, Scene, fit_noise, make_scene
@@ -277,11 +277,11 @@ def _scene_of(ffis: xr.Dataset, survey: pd.DataFrame, options: Options) -> Scene
     noise = None
     if "flux_err" in ffis:
         sample = ffis[["flux", "flux_err"]].isel(time=noise_frames).compute()
-        noise = noise_of(sample["flux"].to_numpy(), sample["flux_err"].to_numpy())
+        noise = noise_of(*(sample[name].to_numpy()[:, ::7, ::7] for name in ("flux", "flux_err")))
     if noise is None:
         exposure = float(np.median(np.diff(ffis["time"]))) if ffis.sizes["time"] > 1 else 1800 / 86400
         noise = expected_noise(exposure)
-    first = int(ffis["column"][0]) - 45 if "column" in ffis.coords else 0
+    first = int(ffis["column"][0]) - FIRST_SCIENCE_COLUMN if "column" in ffis.coords else 0
     return make_scene(
         stack,
         noise,
@@ -292,9 +292,9 @@ def _scene_of(ffis: xr.Dataset, survey: pd.DataFrame, options: Options) -> Scene
 
 
 def noise_of(flux: Floats, flux_err: Floats) -> tuple[float, float] | None:
-    """Fit the noise law to every 7th row and column of a few frames; None where they do not say."""
+    """Fit the noise law to pixels of a few frames; None where they do not say."""
     try:
-        return fit_noise(flux[..., ::7, ::7], flux_err[..., ::7, ::7])
+        return fit_noise(flux, flux_err)
     except ValueError:
         return None
 

@@ -71,19 +71,20 @@ AU_KM: Final = 149597870.7
 LIGHT_KM_S: Final = 299792.458
 _DAY: Final = 86400.0
 _TT_MINUS_UTC: Final = 69.184
-"""TT - UTC in seconds since 2017-01-01: 32.184 + 37 leap seconds. UT1 is UTC within 0.9 s, 0.004 degrees of longitude."""
+"""TT - UTC in seconds since 2017-01-01: 32.184 + 37 leap seconds. UT1 is UTC within 0.9 s, 0.004 degrees."""
 
 HORIZONS: Final = "https://ssd.jpl.nasa.gov/api/horizons.api"
 TESSVECTORS_KM: Final = 6394.573
-"""Unit of TESSVectors' distances, measured against DE440 (its documents say Earth radii, which are 6378.137 km)."""
+"""Unit of TESSVectors' distances, measured against DE440 (Earth radii, its documents say: 6378.137 km)."""
 TESSVECTORS_LAG: Final = 60.0
-"""A TESSVectors row is the geometry of this many seconds before its MidTime (measured in sector 1, all cameras)."""
+"""A TESSVectors row is the geometry of this many seconds before its MidTime (measured in sector 1)."""
 
 _MORE: Final = (
     "ask JPL Horizons (ephemeris='horizons', needs the network) or give SPICE kernels of TESS "
     "(*.bsp from archive.stsci.edu/missions/tess/models)"
 )
-_TABLE_POINTS: Final = 6
+_POINTS: Final = 6
+"""Rows that an interpolation goes through: of hourly rows, 0.1 km at the closest perigee, metres else."""
 _SPICE_LOCK: Final = threading.Lock()  # CSPICE keeps one pool of kernels for the process
 
 
@@ -162,8 +163,8 @@ class Orbit:
         if bad.size:
             spans = ", ".join(f"{_span(*piece)}" for piece in self.pieces)
             raise EphemerisRangeError(
-                f"{bad.size} of {flat.size} times lie outside the ephemeris of TESS, the first at {_moment(bad[0])}; "
-                f"{self.source} covers {spans}; {self.more}"
+                f"{bad.size} of {flat.size} times lie outside the ephemeris of TESS, the first at "
+                f"{_moment(bad[0])}; {self.source} covers {spans}; {self.more}"
             )
         out = np.full((flat.size, 3), np.nan)
         if finite.any():
@@ -171,7 +172,7 @@ class Orbit:
         return out.reshape(*tjd.shape, 3)
 
     def attrs(self, time: npt.ArrayLike) -> dict[str, str]:
-        """Attributes that tell where these positions came from: source, span, and whether they were predictions."""
+        """Tell, as attributes, where these positions came from: source, span, share of predictions."""
         tjd = np.asarray(time, dtype=np.float64).ravel()
         predicted = np.zeros(tjd.shape, dtype=bool)
         for start, stop in self.predicted:
@@ -217,13 +218,13 @@ def tess_position(
     >>> import numpy as np
     >>> x = tess_position([1325.3])
     >>> round(float(np.linalg.norm(x) / 6378.137), 1)
-    20.4
+    20.2
     """
     return open_orbit(Ephemeris(tess=source, cache=cache), time).position(time)
 
 
 def open_orbit(ephemeris: Ephemeris | Source, time: npt.ArrayLike) -> Orbit:
-    """Open a source of TESS's positions, for times that are known beforehand (Horizons is asked for these only).
+    """Open a source of TESS's positions for times known beforehand (Horizons is asked for these only).
 
     Parameters
     ----------
@@ -267,43 +268,44 @@ def _table_orbit() -> Orbit:
     """Open the table that ships with the package."""
     folder = resources.files("tessbkg") / "data"
     about = json.loads((folder / "tess_ephemeris.json").read_text(encoding="utf-8"))
-    table = np.load(io.BytesIO((folder / "tess_ephemeris.npy").read_bytes()), allow_pickle=False)
+    metres = np.load(io.BytesIO((folder / "tess_ephemeris.npy").read_bytes()), allow_pickle=False)
     step = about["step_hours"] / 24
     segments = about["segments"]
     ends = np.cumsum([segment["count"] for segment in segments])
-    blocks = np.split(table, ends[:-1])
     starts = np.array([segment["start"] for segment in segments])
+    blocks = [
+        (start + step * np.arange(len(x)), x)
+        for start, x in zip(starts, np.split(metres, ends[:-1]), strict=True)
+    ]
 
     def interpolate(tjd: Floats) -> Floats:
         which = np.clip(np.searchsorted(starts, tjd, side="right") - 1, 0, None)
         out = np.empty((tjd.size, 3))
         for index in np.unique(which):
             here = which == index
-            out[here] = _lagrange(starts[index], step, blocks[index], tjd[here]) / 1000  # m -> km
+            nodes, table = blocks[index]
+            out[here] = _lagrange(nodes, table, tjd[here]) / 1000  # m -> km
         return out
 
     return Orbit(
         source=f"{about['source']}; tables made {segments[0]['made']} to {segments[-1]['made']}",
         pieces=((segments[0]["start"], segments[-1]["stop"]),),
-        predicted=tuple(
-            (s["predicted_from"], s["stop"]) for s in segments if s["predicted_from"] < s["stop"]
-        ),
+        predicted=tuple((s["predicted_from"], s["stop"]) for s in segments),
         interpolate=interpolate,
     )
 
 
-def _lagrange(start: float, step: float, table: npt.NDArray[Any], time: Floats) -> Floats:
-    """Interpolate a table (n, 3) of even steps through the `_TABLE_POINTS` nearest rows."""
-    n = _TABLE_POINTS
-    x = (time - start) / step
-    first = np.clip(np.floor(x).astype(np.intp) - n // 2 + 1, 0, len(table) - n)
-    u = (x - first)[:, None] - np.arange(n)
-    weight = np.ones_like(u)
-    for k in range(n):
-        for j in range(n):
-            if j != k:
-                weight[:, k] *= u[:, j] / (k - j)
-    out: Floats = np.einsum("tk,tkx->tx", weight, table[first[:, None] + np.arange(n)].astype(np.float64))
+def _lagrange(nodes: Floats, table: npt.NDArray[Any], time: Floats) -> Floats:
+    """Interpolate rows (n, 3) at ascending nodes (n,) through the `_POINTS` nearest ones."""
+    points = np.arange(min(_POINTS, len(nodes)))
+    first = np.searchsorted(nodes, time, side="right") - len(points) // 2
+    near = np.clip(first, 0, len(nodes) - len(points))[:, None] + points
+    here = nodes[near]
+    weight = np.ones(near.shape)
+    for k in points:
+        for j in points[points != k]:
+            weight[:, k] *= (time - here[:, j]) / (here[:, k] - here[:, j])
+    out: Floats = np.einsum("tk,tkx->tx", weight, table[near].astype(np.float64))
     return out
 
 
@@ -370,9 +372,7 @@ def parse_horizons(text: str) -> tuple[Floats, Floats]:
     if "$$SOE" not in text or "$$EOE" not in text:
         said = " ".join(line.strip() for line in text.splitlines() if line.strip(" *"))[-400:]
         if "No ephemeris for target" in text:
-            raise EphemerisRangeError(
-                f"JPL Horizons has no trajectory of TESS for these times: {said}; {_MORE}"
-            )
+            raise EphemerisRangeError(f"JPL Horizons has no orbit of TESS for these times: {said}; {_MORE}")
         raise TessbkgError(f"JPL Horizons did not send a table: {said}")
     head, _, rest = text.partition("$$SOE")
     flat = re.sub(r"[ \t]+", " ", head)
@@ -417,13 +417,12 @@ def _horizons_orbit(time: Floats, cache: str | os.PathLike[str] | None) -> Orbit
             part = kept.with_suffix(f".{os.getpid()}.part")
             part.write_text(text, encoding="utf-8")
             part.replace(kept)
-    if len(tjd) < _TABLE_POINTS or not np.allclose(np.diff(tjd), 1 / 24, atol=1e-6):
+    if len(tjd) < _POINTS or not np.allclose(np.diff(tjd), 1 / 24, atol=1e-6):
         raise TessbkgError("JPL Horizons sent another step than the hour that was asked for")
-    first = float(tjd[0])
     return Orbit(
         source="JPL Horizons TESS (-95), geocentric",
-        pieces=((first, float(tjd[-1])),),
-        interpolate=lambda t: _lagrange(first, 1 / 24, position, t),
+        pieces=((float(tjd[0]), float(tjd[-1])),),
+        interpolate=lambda t: _lagrange(tjd, position, t),
     )
 
 
@@ -461,42 +460,42 @@ def _spice_orbit(paths: Sequence[str]) -> Orbit:
     for path in paths:
         if not Path(path).is_file():
             raise FileNotFoundError(f"there is no SPICE kernel {path!r}")
-    errors = spiceypy.utils.exceptions.SpiceyError
-    pieces: list[tuple[float, float]] = []
+    names = ", ".join(Path(path).name for path in paths)
     try:
         with _SPICE_LOCK:
             cover = spiceypy.cell_double(20000)
             for path in paths:
                 spiceypy.spkcov(path, -95, cover)  # adds to the window
             bounds = [spiceypy.wnfetd(cover, k) for k in range(spiceypy.wncard(cover))]
-        pieces = [(_tjd(start), _tjd(stop)) for start, stop in bounds]
-    except errors as error:
-        raise TessbkgError(f"SPICE cannot read {', '.join(paths)}: {error}") from error
-    if not pieces:
-        raise EphemerisRangeError(f"{', '.join(paths)} holds nothing of TESS (body -95); {_MORE}")
+    except spiceypy.utils.exceptions.SpiceyError as error:
+        raise TessbkgError(f"SPICE cannot read {names}: {error}") from error
+    if not bounds:
+        raise EphemerisRangeError(f"{names} holds nothing of TESS (body -95); {_MORE}")
+    return Orbit(
+        source=f"SPICE {names}",
+        pieces=tuple((_tjd(start), _tjd(stop)) for start, stop in bounds),
+        interpolate=lambda tjd: _spice_states(spiceypy, paths, bounds, tjd),
+    )
 
-    def interpolate(tjd: Floats) -> Floats:
-        seconds = (tjd + (TJD_ZERO - 2451545.0)) * _DAY
-        for k, (start, stop) in enumerate(
-            bounds
-        ):  # the conversion to days and back must not leave the window
-            inside = (tjd >= pieces[k][0]) & (tjd <= pieces[k][1])
-            seconds[inside] = np.clip(seconds[inside], start, stop)
-        with _SPICE_LOCK:
-            loaded = []
-            try:
-                for path in paths:
-                    spiceypy.furnsh(path)
-                    loaded.append(path)
-                return np.array([spiceypy.spkgps(-95, et, "J2000", 399)[0] for et in seconds])
-            except errors as error:
-                raise TessbkgError(f"SPICE cannot give TESS relative to the Earth: {error}") from error
-            finally:
-                for path in loaded:
-                    spiceypy.unload(path)
 
-    names = ", ".join(Path(path).name for path in paths)
-    return Orbit(source=f"SPICE {names}", pieces=tuple(pieces), interpolate=interpolate)
+def _spice_states(
+    spiceypy: Any, paths: Sequence[str], bounds: Sequence[tuple[float, float]], tjd: Floats
+) -> Floats:
+    """Geocentric positions (n, 3), km, at times inside the bounds (ephemeris times)."""
+    seconds = (tjd + (TJD_ZERO - 2451545.0)) * _DAY
+    for start, stop in bounds:  # a time at the very edge must not leave the window by rounding
+        edge = (seconds > start - 1e-3) & (seconds < stop + 1e-3)
+        seconds[edge] = np.clip(seconds[edge], start, stop)
+    with _SPICE_LOCK:
+        try:
+            for path in paths:
+                spiceypy.furnsh(path)
+            return np.array([spiceypy.spkgps(-95, et, "J2000", 399)[0] for et in seconds])
+        except spiceypy.utils.exceptions.SpiceyError as error:
+            raise TessbkgError(f"SPICE cannot give TESS relative to the Earth: {error}") from error
+        finally:
+            for path in paths:
+                spiceypy.unload(path)
 
 
 def _tjd(et: float) -> float:
@@ -555,9 +554,8 @@ def read_tessvectors(path: str | os.PathLike[str], *, lag: float = TESSVECTORS_L
     """
     name = os.fspath(path)
     lines = _read_text(name).splitlines()
-    head = next(
-        (i for i, line in enumerate(lines) if {"MidTime", "Earth_Camera_Angle"} <= set(line.split(","))), None
-    )
+    known = {"MidTime", "Earth_Camera_Angle"}
+    head = next((i for i, line in enumerate(lines) if known <= set(line.split(","))), None)
     if head is None:
         raise ValueError(f"{name!r} is not a TESSVectors file: no line names the columns")
     preamble = "\n".join(lines[:head])
@@ -568,17 +566,12 @@ def read_tessvectors(path: str | os.PathLike[str], *, lag: float = TESSVECTORS_L
             raise ValueError(f"{name!r} does not say its {word.lower()}")
         numbers.append(int(found[1]))
     columns = {column: i for i, column in enumerate(lines[head].split(","))}
-    wanted = [
-        f"{body}_{what}"
-        for body in ("Earth", "Moon")
-        for what in ("Distance", "Camera_Angle", "Camera_Azimuth")
-    ]
+    needed = ("Distance", "Camera_Angle", "Camera_Azimuth")
+    wanted = ["MidTime", *(f"{body}_{what}" for body in ("Earth", "Moon") for what in needed)]
     if missing := [column for column in wanted if column not in columns]:
         raise ValueError(f"{name!r} lacks the columns {missing}")
     rows = [cells for cells in csv.reader(lines[head + 1 :]) if len(cells) == len(columns)]
-    table = np.array([[_number(row[columns[c]]) for c in ("MidTime", *wanted)] for row in rows]).reshape(
-        -1, 7
-    )
+    table = np.array([[_number(row[columns[c]]) for c in wanted] for row in rows]).reshape(-1, 7)
     table = table[np.isfinite(table).all(axis=1) & (table[:, 1] > 0) & (table[:, 4] > 0)]
     table = table[np.argsort(table[:, 0], kind="stable")]
     vectors = []
@@ -611,27 +604,26 @@ def _read_text(name: str) -> str:
 
 
 def _tessvectors_orbit(path: str) -> Orbit:
-    """TESS from the Earth's vector in the nominal camera frame; within each run of rows, cubic splines."""
-    from scipy.interpolate import CubicSpline  # noqa: PLC0415 (heavy)
-
+    """TESS from the Earth's vector in the nominal camera frame; nothing is interpolated across a gap."""
     rows = read_tessvectors(path)
     time, keep = np.unique(rows.time, return_index=True)
-    frame = nominal_camera_frame(rows.sector, rows.camera, time=float(np.median(time)) if len(time) else None)
+    frame = nominal_camera_frame(rows.sector, rows.camera, time=float(np.median(time)) if time.size else None)
     position = -rows.earth[keep] @ frame
-    gaps = np.flatnonzero(np.diff(time) > 3.5 * np.median(np.diff(time))) + 1 if len(time) > 1 else []
+    steps = np.diff(time)
+    gaps = np.flatnonzero(steps > 3.5 * np.median(steps)) + 1 if steps.size else np.array([], dtype=np.intp)
     runs = [
-        (t, CubicSpline(t, x))
+        (t, x)
         for t, x in zip(np.split(time, gaps), np.split(position, gaps), strict=True)
-        if len(t) >= 4
+        if len(t) >= _POINTS
     ]
     if not runs:
-        raise EphemerisRangeError(f"{path} holds no run of four rows; {_MORE}")
+        raise EphemerisRangeError(f"{path} holds no run of {_POINTS} rows; {_MORE}")
 
     def interpolate(tjd: Floats) -> Floats:
         out = np.empty((tjd.size, 3))
-        for t, spline in runs:
+        for t, x in runs:
             inside = (tjd >= t[0]) & (tjd <= t[-1])
-            out[inside] = spline(tjd[inside])
+            out[inside] = _lagrange(t, x, tjd[inside])
         return out
 
     return Orbit(
@@ -709,8 +701,8 @@ def _solar_system(body: str, time: Floats, bodies: str) -> Floats:
 
 
 def _builtin(body: str, tjd: Floats) -> Floats:
-    # What astropy's "builtin" does, without its Time: that would look for leap seconds, on the network if need be.
-    import erfa  # noqa: PLC0415 (40 ms)
+    # What astropy's "builtin" does, but without its Time, which looks for leap seconds, at worst online.
+    import erfa  # type: ignore[import-untyped]  # noqa: PLC0415 (40 ms)
 
     if body == "moon":  # moon98 wants TT, which is TDB within 2 ms
         return cast("Floats", np.asarray(erfa.moon98(TJD_ZERO, tjd)["p"])) * AU_KM
@@ -724,7 +716,7 @@ def _astropy(body: str, tjd: Floats, bodies: str) -> Floats:
     from astropy.time import Time  # noqa: PLC0415
     from astropy.utils import iers  # noqa: PLC0415
 
-    with iers.conf.set_temp("auto_download", False):  # noqa: FBT003
+    with iers.conf.set_temp("auto_download", False):
         when = Time(TJD_ZERO, tjd, format="jd", scale="tdb")
         earth = get_body_barycentric("earth", when, ephemeris=bodies)
         vector = earth if body == "earth" else get_body_barycentric(body, when, ephemeris=bodies) - earth
@@ -825,7 +817,7 @@ def _turn_y(degrees: float) -> Floats:
 
 
 def _camera_from_spacecraft(camera: int) -> Floats:
-    """Turn from the spacecraft's axes to the camera's: x away from the spacecraft boresight, z the boresight."""
+    """Turn from the spacecraft's axes to the camera's: z the boresight, x away from the spacecraft's."""
     if camera not in _CAMERA_TILT:
         raise ValueError(f"camera={camera!r} is out of range: allowed are 1 to 4")
     tilt = _turn_y(_CAMERA_TILT[camera])
@@ -859,7 +851,7 @@ def nominal_camera_frame(sector: int, camera: int, *, time: float | None = None)
     Examples
     --------
     >>> nominal_camera_frame(1, 4)[2].round(3)
-    array([ 0.053, -0.335, -0.941])
+    array([-0.   ,  0.398, -0.918])
     """
     turn = _camera_from_spacecraft(camera)
     rows = [row[1:] for row in _pointings() if row[0] == sector]
@@ -867,7 +859,7 @@ def nominal_camera_frame(sector: int, camera: int, *, time: float | None = None)
         rows = [row for row in rows if row[3] <= time < row[4]]
     if not rows:
         raise ValueError(
-            f"sector={sector!r} is not in the pointing table (sectors 1 to {_last_sector()} and some special ones)"
+            f"sector={sector!r} is not in the pointing table (1 to {_last_sector()} and some special ones)"
             + ("" if time is None else f" at {_moment(time)}")
         )
     if len(rows) > 1:

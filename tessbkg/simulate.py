@@ -8,28 +8,30 @@ What a pixel of frame ``i`` holds, before noise, in electron s-1::
 
     stars moved by the pointing offset of i + strap(column) * (zodiacal light + corner glow + light_i)
 
-``scene`` in the truth is the same with no light and no pointing offset; ``light`` is the scattered light alone,
-without the factor of the straps.
+``scene`` in the truth is the same with no light and no pointing offset; ``light`` is the scattered light
+alone, without the factor of the straps. Above the full well charge bleeds or is lost.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
 from functools import lru_cache
 from importlib import resources
-from typing import Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import fsspec
 import numpy as np
 import numpy.typing as npt
 import xarray as xr
 import zarr
-from scipy.ndimage import gaussian_filter
+from scipy.ndimage import gaussian_filter  # type: ignore[import-untyped,unused-ignore]
 
 from tessbkg.ccd import CCD, INDEX_EPOCH, LIVE_FRACTION, SCIENCE_SHAPE, STRAP_COLUMNS, Quality
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
 
 F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
@@ -105,7 +107,7 @@ class Model:
         Add noise.
     """
 
-    earth: float = 1000.0
+    earth: float = 1800.0
     moon: float = 60.0
     glint: float = 200.0
     glint_edge: float = 3.0
@@ -178,7 +180,7 @@ class Simulation:
 class _Frames(NamedTuple):
     """What is known of each frame before a pixel is made; every array has one entry a frame."""
 
-    index: npt.NDArray[np.int64]  # FFIINDEX
+    ffiindex: npt.NDArray[np.int64]
     start: F64  # TJD of TSTART
     mid: F64
     barycorr: F64
@@ -202,7 +204,17 @@ class _Static(NamedTuple):
     scatter: tuple[F32, F32]  # rows, columns: scatter of UNCERT
 
 
-# ---- arguments ---------------------------------------------------------------------------------------------
+class _Case(NamedTuple):
+    """What is particular about one file."""
+
+    fault: str
+    quality: int
+    scid: int
+    ffiindex: bool
+    old: bool = False  # the earlier processing of a duplicate
+
+
+# ---- arguments
 
 
 def _whole(name: str, value: object, low: int) -> None:
@@ -228,7 +240,7 @@ def _faults(faults: Mapping[int, str] | Iterable[tuple[int, str]], frames: int) 
     return chosen
 
 
-# ---- times, orbit, pointing --------------------------------------------------------------------------------
+# ---- times, orbit, pointing
 
 
 def _cadence(sim: Simulation) -> float:
@@ -258,28 +270,20 @@ def _pointing(sim: Simulation) -> tuple[float, float, float]:
     return (352.68 + 27.7 * n) % 360.0, -54.0 if year % 2 == 0 else 54.0, 222.153
 
 
-def camera_axes(pointing: tuple[float, float, float], camera: int) -> F64:
+def _axes(pointing: tuple[float, float, float], camera: int) -> F64:
     """Give the rows x, y, z (boresight) of the camera frame in ICRS.
 
-    C = T Ry(alpha) Rz(roll + 180) Ry(90 - dec) Rz(ra) with alpha = -36, -12, 12, 36 deg, T = diag(-1, -1, 1)
-    for cameras 1 and 2: the mission's nominal mounting, checked against its own Earth and Moon angles.
-
-    Parameters
-    ----------
-    pointing : tuple
-        Right ascension, declination and roll of the spacecraft, degree.
-    camera : int
-        1 to 4.
-
-    Returns
-    -------
-    numpy.ndarray
-        (3, 3) float64.
+    C = T Ry(alpha) Rz(roll + 180) Ry(90 - dec) Rz(ra), alpha and T as in `_mount`: the mission's nominal
+    mounting, checked against its own angles of Earth and Moon.
     """
     ra, dec, roll = pointing
+    return np.asarray(_mount(camera) @ _about_z(roll + 180) @ _about_y(90 - dec) @ _about_z(ra))
+
+
+def _mount(camera: int) -> F64:
+    """Turn spacecraft to camera frame: by -36, -12, 12, 36 deg about y, cameras 1 and 2 upside down."""
     turn = np.diag([-1.0, -1.0, 1.0]) if camera <= 2 else np.eye(3)
-    attitude = _about_z(roll + 180) @ _about_y(90 - dec) @ _about_z(ra)
-    return np.asarray(turn @ _about_y(24.0 * camera - 60.0) @ attitude)
+    return np.asarray(turn @ _about_y(24.0 * camera - 60.0))
 
 
 def _about_z(degree: float) -> F64:
@@ -316,25 +320,23 @@ def _sky(sim: Simulation, days: F64) -> tuple[F64, F64, F64, F64]:
     along = np.array([np.sin(tip) * np.cos(alpha), np.cos(tip), -np.sin(tip) * np.sin(alpha)])
     plane = np.stack([nearest, along, np.cross(nearest, along)])
     seen = nu + np.radians(98.0)  # the Earth is nearest to camera 1 some two days before perigee
-    tess = -(a * (1 - e * np.cos(ecc)))[:, None] * (np.stack([np.cos(seen), np.sin(seen), 0 * seen], 1) @ plane)
+    tess = -(a * (1 - e * np.cos(ecc)))[:, None] * (
+        np.stack([np.cos(seen), np.sin(seen), 0 * seen], 1) @ plane
+    )
     lunar = 2 * np.pi * days / 27.32 + np.radians(100.0)
     tilt = np.radians(25.0)
     circle = np.stack([np.cos(lunar), np.sin(lunar) * np.cos(tilt), np.sin(lunar) * np.sin(tilt)], 1)
     body = 60.3 * (circle @ plane)
-    mount = (np.diag([-1.0, -1.0, 1.0]) if sim.camera <= 2 else np.eye(3)) @ _about_y(24.0 * sim.camera - 60.0)
-    out: list[F64] = []
-    distances: list[F64] = []
-    for vector in (-tess, body - tess):
-        distance = np.linalg.norm(vector, axis=1)
-        out.append((vector / distance[:, None]) @ mount.T)
-        distances.append(distance * EARTH_RADIUS)
+    vectors = np.stack([-tess, body - tess])
+    distance = np.linalg.norm(vectors, axis=2)
+    earth, moon = vectors / distance[..., None] @ _mount(sim.camera).T
     if sim.model.moon_in_field:
         first, last = days[0], days[-1]
         shift = 0.2 * (days - first - 0.27 * (last - first) - 0.2) / 3.0  # about 4 deg a day
         u, v = (float(edge.mean()) for edge in _field(sim))
         moon = np.stack([u + 0.02 + 0.3 * shift, v - 0.03 + shift, np.ones_like(days)], 1)
-        out[1] = moon / np.linalg.norm(moon, axis=1)[:, None]
-    return out[0], out[1], distances[0], distances[1]
+        moon /= np.linalg.norm(moon, axis=1)[:, None]
+    return earth, moon, distance[0] * EARTH_RADIUS, distance[1] * EARTH_RADIUS
 
 
 def _barycorr(direction: F64, tjd: F64) -> F64:
@@ -357,13 +359,20 @@ def _table(sim: Simulation) -> _Frames:
     orbit, within = np.divmod(np.arange(sim.frames) * step, a_orbit)
     slot = np.ceil(orbit * ORBIT / day).astype(np.int64) + within
     index = round((_start(sim) - INDEX_EPOCH) / day) + slot
-    start = INDEX_EPOCH + 0.000334 + index * day  # 29 s: the phase of the real sector 1
+    start: F64 = (
+        INDEX_EPOCH + 0.000334 + index.astype(np.float64) * day
+    )  # 29 s: the phase of the real sector 1
     mid = start + day / 2
-    days = slot * day
+    days: F64 = slot.astype(np.float64) * day
     earth, moon, earth_km, moon_km = _sky(sim, days)
-    centre = camera_axes(_pointing(sim), sim.camera).T @ _directions(sim.camera, sim.ccd, *map(np.atleast_1d, (0.5, 0.5)))[0]
+    centre = (
+        _axes(_pointing(sim), sim.camera).T
+        @ _directions(sim.camera, sim.ccd, *map(np.atleast_1d, (0.5, 0.5)))[0]
+    )
     dump = np.diff(np.floor((np.stack([days - day, days]) + 1.25) / sim.model.dump_days), axis=0)[0] > 0
-    jitter = np.array([np.random.default_rng((sim.seed, sim.sector, int(i))).standard_normal(3) for i in index])
+    jitter = np.array(
+        [np.random.default_rng((sim.seed, sim.sector, int(i))).standard_normal(3) for i in index]
+    )
     jitter *= sim.model.jitter * np.where(dump, 10.0, 1.0)[:, None]
     slow = (days - ORBIT) / (2 * ORBIT)
     wobble = 0.1 * np.sin(2 * np.pi * days / ORBIT)
@@ -377,12 +386,12 @@ def _table(sim: Simulation) -> _Frames:
     )  # fmt: skip
 
 
-# ---- where pixels look ---------------------------------------------------------------------------------------
+# ---- where pixels look
 
 
 @lru_cache(maxsize=1)
 def _corners() -> dict[tuple[int, int], F64]:
-    """Read x, y of the corner pixels in the camera frame: (row end, column end, 2) for each camera and CCD."""
+    """Read x, y of the corner pixels in the camera frame: (row end, column end, 2) by camera and CCD."""
     text = resources.files("tessbkg").joinpath("data/camera_corners.csv").read_text()
     rows = np.array([line.split(",") for line in text.splitlines() if line[:1].isdigit()], dtype=float)
     table = rows.reshape(4, 4, 2, 2, 6)  # camera, ccd, row end, column end
@@ -392,8 +401,8 @@ def _corners() -> dict[tuple[int, int], F64]:
 def _stretch(tangent: F64) -> F64:
     """Give focal-plane radius over tan(field angle): the shape of the camera's radial distortion.
 
-    Coefficients of the mission's optical model (first camera), whose r = f (tan + c3 tan^3 + ...); only the
-    shape matters here, since the corners are tied to the table.
+    Coefficients of camera 1 in tess-point's focal-plane model; only the shape matters, since the corners are
+    tied to the table.
     """
     q = np.asarray((tangent**2).sum(axis=-1))
     return np.asarray(1.0 + q * (0.24778 + q * (-0.22681 + q * (10.78243 + q * -34.97817))))
@@ -412,7 +421,9 @@ def _directions(camera: int, ccd: int, row: F64, column: F64) -> F64:
     tangent = xy / np.sqrt(1 - (xy**2).sum(axis=-1, keepdims=True))
     focal = tangent * _stretch(tangent)[..., None]
     r, c = row[..., None], column[..., None]
-    place = (1 - r) * ((1 - c) * focal[0, 0] + c * focal[0, 1]) + r * ((1 - c) * focal[1, 0] + c * focal[1, 1])
+    place = (1 - r) * ((1 - c) * focal[0, 0] + c * focal[0, 1]) + r * (
+        (1 - c) * focal[1, 0] + c * focal[1, 1]
+    )
     tangent = place
     for _ in range(30):
         tangent = place / _stretch(tangent)[..., None]
@@ -430,9 +441,11 @@ def _field(sim: Simulation) -> tuple[F64, F64]:
 def _wcs(sim: Simulation) -> dict[str, str]:
     """Fit a TAN-SIP solution of order 4 to the camera model; cards by keyword."""
     rows, columns = sim.shape
-    axes = camera_axes(_pointing(sim), sim.camera)
+    axes = _axes(_pointing(sim), sim.camera)
     crpix = np.round(np.array([1000 / 2047 * (columns - 1) + LEADING + 1, 1000 / 2047 * (rows - 1) + 1]))
-    row, column = (g.ravel() for g in np.meshgrid(np.linspace(0, 1, 33), np.linspace(0, 1, 33), indexing="ij"))
+    row, column = (
+        g.ravel() for g in np.meshgrid(np.linspace(0, 1, 33), np.linspace(0, 1, 33), indexing="ij")
+    )
     here = (crpix - [LEADING + 1, 1]) / [columns - 1, rows - 1]
     n = _directions(sim.camera, sim.ccd, np.append(row, here[1]), np.append(column, here[0])) @ axes
     n, centre = n[:-1], n[-1]
@@ -467,32 +480,40 @@ def _wcs(sim: Simulation) -> dict[str, str]:
     return cards
 
 
-# ---- scattered light -----------------------------------------------------------------------------------------
+# ---- scattered light
 
 
-def _angle(vector: F64) -> float:
-    return float(np.degrees(np.arctan2(np.hypot(vector[0], vector[1]), vector[2])))
+def _polar(vector: F64) -> tuple[F64, F64]:
+    """Give the angle from the boresight and the azimuth about it, from x to y, in degrees."""
+    x, y, z = np.moveaxis(vector, -1, 0)
+    return np.degrees(np.arctan2(np.hypot(x, y), z)), np.degrees(np.arctan2(y, x)) % 360
 
 
 def _dark(sim: Simulation) -> frozenset[int]:
     """Frames without the light that never goes away (kind few_dark)."""
-    return frozenset(int(f * sim.frames) for f in np.linspace(0.12, 0.75, sim.model.dark_frames))
+    return frozenset(
+        int(sim.frames * (0.05 + 0.5 * (k % 2) + 0.05 * (k // 2))) for k in range(sim.model.dark_frames)
+    )
 
 
 def _amplitudes(sim: Simulation, i: int) -> tuple[float, float]:
     """Give the level of the Earth's and the Moon's light on the camera in electron s-1."""
     t, m = _table(sim), sim.model
-    earth = m.earth * (18 * EARTH_RADIUS / t.earth_km[i]) ** 2 * np.exp((30 - _angle(t.earth[i])) / 10)
-    earth /= 1 + earth / 1500
+    earth = m.earth * (18 * EARTH_RADIUS / t.earth_km[i]) ** 2 * np.exp((30 - _polar(t.earth[i])[0]) / 10)
+    earth /= 1 + earth / 3000
     earth *= 1 + 0.1 * np.sin(2 * np.pi * t.mid[i] / 0.9973)  # clouds and land turn under TESS
-    moon = m.moon * (45 * EARTH_RADIUS / t.moon_km[i]) ** 2 * np.exp((25 - max(_angle(t.moon[i]), 15)) / 7)
+    moon = (
+        m.moon
+        * (45 * EARTH_RADIUS / t.moon_km[i]) ** 2
+        * np.exp((25 - max(float(_polar(t.moon[i])[0]), 15)) / 7)
+    )
     if m.dark_frames and i not in _dark(sim):
         earth += 10 + 6 * np.sin(2 * np.pi * t.mid[i] / 3.1)
     return float(earth), float(moon)
 
 
 def _smooth(u: F64, v: F64, azimuth: float, phase: float) -> tuple[F64, F64]:
-    """Give rows (n, rows) and columns (n, columns) whose outer products add up to a pattern of mean about 1."""
+    """Give rows (n, rows) and columns (n, columns) whose outer products add up to a mean of about 1."""
     c, s = np.cos(azimuth), np.sin(azimuth)
     rows = [
         0.3 * np.exp(1.2 * u * c), 0.01 * np.exp(3.5 * u * c),
@@ -538,14 +559,16 @@ def _moon_image(sim: Simulation, moon: F64) -> F32 | None:
         return None
     u, v = _field(sim)
     scale = np.float32(2048 / sim.shape[0])
-    row = np.float32((moon[0] / moon[2] * 0.985 - u[0]) / (u[-1] - u[0]) * (sim.shape[0] - 1))
-    column = np.float32((moon[1] / moon[2] * 0.985 - v[0]) / (v[-1] - v[0]) * (sim.shape[1] - 1))
+    row = np.float32((moon[0] - u[0]) / (u[-1] - u[0]) * (sim.shape[0] - 1))
+    column = np.float32((moon[1] - v[0]) / (v[-1] - v[0]) * (sim.shape[1] - 1))
     r = (np.arange(sim.shape[0], dtype=np.float32)[:, None] - row) * scale
     c = (np.arange(sim.shape[1], dtype=np.float32) - column) * np.float32(2048 / sim.shape[1])
     square = r * r + c * c
     q = 1 / (1 + square / np.float32(50**2))
     # 0.26 deg is 45 pixels; 1e6 is far above saturation
-    return np.asarray(np.float32(2e5) * q * q + np.float32(1e6) * _ramp(np.sqrt(square) - np.float32(45), 3.0))
+    return np.asarray(
+        np.float32(2e5) * q * q + np.float32(1e6) * _ramp(np.sqrt(square) - np.float32(45), 3.0)
+    )
 
 
 def light(source: Simulation | xr.Dataset, i: int) -> F32:
@@ -572,7 +595,7 @@ def light(source: Simulation | xr.Dataset, i: int) -> F32:
     --------
     >>> from tessbkg.simulate import Simulation, light
     >>> sim = Simulation(frames=24, shape=(32, 32))
-    >>> bool(light(sim, 6).max() < 0.02 < 100 < light(sim, 12).mean())
+    >>> bool(light(sim, 1).max() < 0.02 < 100 < light(sim, 12).mean())
     True
     """
     sim = source if isinstance(source, Simulation) else _from_truth(source)
@@ -602,11 +625,12 @@ def _blocks(image: F32) -> F32:
     return np.asarray(image.reshape(rows, BLOCK, columns, BLOCK).mean(axis=(1, 3)))
 
 
-# ---- static sky ------------------------------------------------------------------------------------------------
+# ---- static sky
 
 
-def _stamp(images: list[F64], row: F64, column: F64, flux: F64, sigma: float, half: int, pad: int) -> None:
+def _stamp(images: list[F32], stars: tuple[F64, F64, F64], *, sigma: float, half: int, pad: int) -> None:
     """Add Gaussian stars and their derivatives by position to six padded images."""
+    row, column, flux = stars
     width = images[0].shape[1]
     o = np.arange(-half, half + 1)
     axes = []
@@ -619,49 +643,52 @@ def _stamp(images: list[F64], row: F64, column: F64, flux: F64, sigma: float, ha
     where = (rows[:, :, None] * width + columns[:, None, :]).ravel()
     for image, (a, b) in zip(images, ((0, 0), (1, 0), (0, 1), (2, 0), (1, 1), (0, 2)), strict=True):
         values = (flux[:, None] * y[a])[:, :, None] * x[b][:, None, :]
-        image += np.bincount(where, values.ravel(), image.size).reshape(image.shape)
+        np.add(image, np.bincount(where, values.ravel(), image.size).reshape(image.shape), out=image)
 
 
 def _stars(sim: Simulation) -> tuple[F32, ...]:
-    """Draw a star field: Tmag 3 to 17, counts growing by 10**0.36 a magnitude, 15,000 electron s-1 at Tmag 10."""
+    """Draw a star field: Tmag 3 to 17, counts growing by 10**0.36 a magnitude.
+
+    Tmag 10 gives 15,000 electron s-1 (TESS Science Support Center).
+    """
     rng = np.random.default_rng((sim.seed, sim.sector, sim.camera, sim.ccd))
     rows, columns = sim.shape
     pad, margin = 24, 12  # stars stand up to `margin` outside and their stamps fit into `pad`
-    share = (rows + 2 * margin) * (columns + 2 * margin) / SCIENCE_SHAPE[0] ** 2
-    number = max(1, round(5e5 * sim.model.density * share))
+    area = (rows + 2 * margin) * (columns + 2 * margin) / SCIENCE_SHAPE[0] ** 2
+    number = max(1, round(5e5 * sim.model.density * area))
     magnitude = np.maximum(17 + np.log10(1 - rng.random(number)) / 0.36, 3.0)
     row = rng.uniform(-margin, rows + margin - 1, number)
     column = rng.uniform(-margin, columns + margin - 1, number)
-    magnitude[0], row[0], column[0] = 5.0, 0.61 * rows + 0.2, 0.37 * columns + 0.4  # one saturates at any size
+    # one star saturates on the smallest of detectors
+    magnitude[0], row[0], column[0] = 5.0, 0.61 * rows + 0.2, 0.37 * columns + 0.4
     flux = 15000 * 10 ** (0.4 * (10 - magnitude))
     faint = magnitude > 13
     padded = (rows + 2 * pad, columns + 2 * pad)
     whole = np.round(row[faint]).astype(np.int64) + pad, np.round(column[faint]).astype(np.int64) + pad
     delta = np.bincount(np.ravel_multi_index(whole, padded), flux[faint], padded[0] * padded[1])
-    delta = delta.astype(np.float32).reshape(padded)
+    delta = delta.reshape(padded).astype(np.float32)
     orders = ((0, 0), (1, 0), (0, 1), (2, 0), (1, 1), (0, 2))
     # moving a star is moving the image the other way: odd derivatives change sign
-    images = [
-        ((-1) ** sum(order) * gaussian_filter(delta, 1.0, order=order, mode="constant")).astype(np.float64)
+    images: list[F32] = [
+        np.asarray((-1) ** sum(order) * gaussian_filter(delta, 1.0, order=order, mode="constant"))
         for order in orders
     ]
     bright = np.flatnonzero(~faint)
     for chunk in np.array_split(bright, len(bright) // 20000 + 1):
-        _stamp(images, row[chunk], column[chunk], 0.85 * flux[chunk], 0.9, 5, pad)
-        _stamp(images, row[chunk], column[chunk], 0.15 * flux[chunk], 2.0, 8, pad)
+        for share, sigma, half in ((0.85, 0.9, 5), (0.15, 2.0, 8)):
+            stars = row[chunk], column[chunk], share * flux[chunk]
+            _stamp(images, stars, sigma=sigma, half=half, pad=pad)
     for k in np.flatnonzero(magnitude < 8):  # halo of 2 % of the light
         half = 60 if magnitude[k] < 6 else 25
-        r0, c0 = round(float(row[k])) + pad, round(float(column[k])) + pad
-        window = (
-            slice(max(r0 - half, 0), max(r0 + half + 1, 0)), slice(max(c0 - half, 0), max(c0 + half + 1, 0))
-        )  # fmt: skip
-        rr, cc = (np.arange(n)[s] - pad - p for n, s, p in zip(padded, window, (row[k], column[k]), strict=True))
-        square = rr[:, None] ** 2 + cc**2
+        middle = round(float(row[k])) + pad, round(float(column[k])) + pad
+        window = tuple(slice(max(m - half, 0), m + half + 1) for m in middle)
+        y, x = (np.arange(n)[w] - pad for n, w in zip(padded, window, strict=True))
+        square = (y - row[k])[:, None] ** 2 + (x - column[k]) ** 2
         images[0][window] += 0.02 * flux[k] / (2 * np.pi * 9) * (1 + square / 9) ** -1.5
     images = [image[pad:-pad, pad:-pad] for image in images]
-    bled = _bleed(images[0])
+    bled = _bleed(images[0].astype(np.float64))
     still = (images[0] > 0.5 * FULL_WELL) | (bled > 0.99 * FULL_WELL)
-    return (bled.astype(np.float32), *(np.where(still, 0, d).astype(np.float32) for d in images[1:]))
+    return (bled.astype(np.float32), *(np.where(still, np.float32(0), d) for d in images[1:]))
 
 
 def _bleed(image: F64) -> F64:
@@ -681,7 +708,7 @@ def _bleed(image: F64) -> F64:
 
 
 def _strap(sim: Simulation) -> F32:
-    """Give the response of each science column to diffuse light; small detectors have straps where they fit."""
+    """Give the response of each science column to diffuse light; small detectors have the straps that fit."""
     factor = np.ones(sim.shape[1], np.float32)
     columns = STRAP_COLUMNS[sim.shape[1] > STRAP_COLUMNS + 1]
     for shift in (-1, 1):
@@ -729,14 +756,14 @@ def scene(source: Simulation | xr.Dataset) -> F32:
     return static.stars[0] + static.sky
 
 
-# ---- one frame ---------------------------------------------------------------------------------------------------
+# ---- one frame
 
 
 def _pixels(sim: Simulation, i: int, total: F32, out: npt.NDArray[Any], error: npt.NDArray[Any]) -> None:
     """Write flux and uncertainty of one frame into big-endian science regions, a band of rows at a time."""
     static, t = _static(sim), _table(sim)
     rows, columns = sim.shape
-    rng = np.random.default_rng((sim.seed, sim.sector, sim.camera, sim.ccd, int(t.index[i])))
+    rng = np.random.default_rng((sim.seed, sim.sector, sim.camera, sim.ccd, int(t.ffiindex[i])))
     per_second = np.float32(1800 / _cadence(sim))
     a, b = np.float32(NOISE_A) * per_second, np.float32(NOISE_B) * per_second
     dy = (t.row_offset[i] + t.turn[i] * np.linspace(-1, 1, columns)).astype(np.float32)
@@ -766,15 +793,15 @@ def _pixels(sim: Simulation, i: int, total: F32, out: npt.NDArray[Any], error: n
 
 
 def _quality(sim: Simulation, i: int, blocks: F32, fault: str) -> int:
-    """Give DQUALITY: bit 12 by the Earth within 35 deg (Moon 25 deg), 15 when blown out, 6 in momentum dumps."""
+    """Give DQUALITY: bit 12 with the Earth within 35 deg (Moon 25), 15 when blown out, 6 in dumps."""
     t = _table(sim)
-    stray = _angle(t.earth[i]) < 35 or _angle(t.moon[i]) < 25
+    stray = _polar(t.earth[i])[0] < 35 or _polar(t.moon[i])[0] < 25
     blown = fault == "saturated" or float((blocks > BLOWN).mean()) > 0.05
     bits = Quality.STRAY_LIGHT * (stray or blown) | Quality.BAD_CALIBRATION * blown
     return int(bits | Quality.DESATURATION * bool(t.dump[i] or fault == "dump"))
 
 
-# ---- headers -----------------------------------------------------------------------------------------------------
+# ---- headers
 
 
 @lru_cache(maxsize=1)
@@ -809,7 +836,12 @@ def _stamps(start: float, stop: float) -> dict[str, str]:
 def _regions(sim: Simulation) -> dict[str, str]:
     rows, columns = sim.shape
     quarter = columns // 4
-    values = {"NAXIS1": columns + LEADING + TRAILING, "NAXIS2": rows + EXTRA_ROWS, "SCIROWS": 1, "SCIROWE": rows}
+    values = {
+        "NAXIS1": columns + LEADING + TRAILING,
+        "NAXIS2": rows + EXTRA_ROWS,
+        "SCIROWS": 1,
+        "SCIROWE": rows,
+    }
     for k, output in enumerate("ABCD"):
         first = LEADING + quarter * k
         values |= {f"LVCS{output}": 11 * k + 1, f"LVCE{output}": 11 * k + 11}
@@ -849,37 +881,40 @@ def _cards(sim: Simulation) -> tuple[dict[str, str], dict[str, str]]:
 def _blocked(cards: Iterable[str], blocks: int) -> bytes:
     """Join cards to a header of a number of 2880-byte blocks, filled up with COMMENT cards if need be."""
     filled = [*cards]
-    filled += ["COMMENT synthetic: this card only makes the header longer"] * (36 * (blocks - 1) - len(filled))
+    filled += ["COMMENT synthetic: this card only makes the header longer"] * (
+        36 * (blocks - 1) - len(filled)
+    )
     text = "".join(f"{card:<80}" for card in [*filled, "END"]).encode("ascii")
     return text + b" " * (-len(text) % 2880)
 
 
-def _headers(
-    sim: Simulation, i: int, fault: str, quality: int, scid: int, *, index: bool, old: bool
-) -> tuple[bytes, bytes, bytes]:
+def _headers(sim: Simulation, i: int, case: _Case) -> tuple[bytes, bytes, bytes]:
     """Make the three headers of one frame."""
     t = _table(sim)
     primary, image = (dict(cards) for cards in _cards(sim))
-    start = float(t.start[i]) - (1 / 86400 if old else 0.0)
+    start = float(t.start[i]) - (1 / 86400 if case.old else 0.0)
     stop = start + _cadence(sim) / 86400
     start, stop, late = round(start, 12), round(stop, 12), float(t.barycorr[i])
-    made = _utc(start) + timedelta(days=20 if old else 400)
+    made = _utc(start) + timedelta(days=20 if case.old else 400)
     new = {
-        "TSTART": f"{start:.12f}", "TSTOP": f"{stop:.12f}", **_stamps(start, stop), "DATE": _text(f"{made:%Y-%m-%d}"),
-        "DATA_REL": str(sim.sector + (0 if old else 40)), "SCCONFIG": str(scid), "FFIINDEX": str(t.index[i]),
+        "TSTART": f"{start:.12f}", "TSTOP": f"{stop:.12f}", "DATE": _text(f"{made:%Y-%m-%d}"),
+        "DATA_REL": str(sim.sector + (0 if case.old else 40)), "SCCONFIG": str(case.scid),
+        "FFIINDEX": str(t.ffiindex[i]), **_stamps(start, stop),
     }  # fmt: skip
     primary |= {key: _card(primary[key], value) for key, value in new.items()}
-    if not index or fault == "no_index":
+    if not case.ffiindex or case.fault == "no_index":
         del primary["FFIINDEX"]
-    camera = sim.camera % 4 + 1 if fault == "wrong_camera" else sim.camera
+    camera = sim.camera % 4 + 1 if case.fault == "wrong_camera" else sim.camera
     new = {
-        "TSTART": f"{start + late:.12f}", "TSTOP": f"{stop + late:.12f}", **_stamps(start + late, stop + late),
-        "BARYCORR": f"{late:.7E}", "DQUALITY": str(quality), "CAMERA": str(camera),
+        "TSTART": f"{start + late:.12f}", "TSTOP": f"{stop + late:.12f}", "BARYCORR": f"{late:.7E}",
+        "DQUALITY": str(case.quality), "CAMERA": str(camera), **_stamps(start + late, stop + late),
     }  # fmt: skip
-    if fault == "wrong_naxis":
+    if case.fault == "wrong_naxis":
         new["NAXIS1"] = str((sim.shape[1] + LEADING + TRAILING) // 2)
-    blocks = {"offset": 7 + i % 4}.get(fault, 1)
-    if fault in ("no_wcs", "dump", "saturated") or quality & (Quality.DESATURATION | Quality.BAD_CALIBRATION):
+    blocks = {"offset": 7 + i % 4}.get(case.fault, 1)
+    if case.fault in ("no_wcs", "dump", "saturated") or case.quality & (
+        Quality.DESATURATION | Quality.BAD_CALIBRATION
+    ):
         keys = list(image)
         for key in keys[keys.index("WCSAXES") : keys.index("B_DMAX") + 1]:
             del image[key]
@@ -891,35 +926,33 @@ def _headers(
     return _blocked(primary.values(), 1), out[0], out[1]
 
 
-def _file(
-    sim: Simulation, i: int, fault: str, quality: int, scid: int, total: F32, *, index: bool, old: bool = False
-) -> bytearray:
+def _file(sim: Simulation, i: int, case: _Case, total: F32) -> bytearray:
     """Make the bytes of one FFI."""
     rows, columns = sim.shape
     frame = _static(sim).frame
-    heads = _headers(sim, i, fault, quality, scid, index=index, old=old)
+    heads = _headers(sim, i, case)
     images = frame.copy(), frame.copy()
     science = tuple(image[:rows, LEADING : LEADING + columns] for image in images)
-    if fault == "saturated":
+    if case.fault == "saturated":
         science[0][:], science[1][:] = 1.05 * FULL_WELL, np.sqrt(NOISE_A * FULL_WELL)
-    elif fault in ("zero", "nan"):
-        science[0][:] = science[1][:] = 0.0 if fault == "zero" else np.nan
+    elif case.fault in ("zero", "nan"):
+        science[0][:] = science[1][:] = 0.0 if case.fault == "zero" else np.nan
     else:
         _pixels(sim, i, total, *science)
-    if old:
+    if case.old:
         science[0][:] += 1.0
     out = bytearray(heads[0])
     for head, image in zip(heads[1:], images, strict=True):
-        kept = np.ascontiguousarray(image[:, : image.shape[1] // 2]) if fault == "wrong_naxis" else image
+        kept = np.ascontiguousarray(image[:, : image.shape[1] // 2]) if case.fault == "wrong_naxis" else image
         out += head
-        out += memoryview(kept).cast("B") if kept.dtype.isnative else kept.data.cast("B")
+        out += kept.view(np.uint8).data
         out += bytes(-len(out) % 2880)
-    if fault == "truncated":
+    if case.fault == "truncated":
         del out[int(0.4 * len(out)) :]
     return out
 
 
-# ---- a whole CCD -------------------------------------------------------------------------------------------------
+# ---- a whole CCD
 
 
 def ffi_key(sim: Simulation, i: int, scid: int, *, old: bool = False) -> str:
@@ -947,45 +980,37 @@ def _from_truth(truth: xr.Dataset) -> Simulation:
 def _truth(sim: Simulation, names: list[str], quality: list[int], faults: Mapping[int, str]) -> xr.Dataset:
     """Make everything of the truth but the light."""
     t, static = _table(sim), _static(sim)
-
-    def azimuth(vector: F64) -> F64:
-        return np.asarray(np.degrees(np.arctan2(vector[:, 1], vector[:, 0])) % 360)
-
-    def separation(vector: F64) -> F64:
-        return np.asarray(np.degrees(np.arctan2(np.hypot(vector[:, 0], vector[:, 1]), vector[:, 2])))
-
     text = np.dtypes.StringDType()
     per_frame: dict[str, tuple[Any, str, str]] = {
         "btjd": (t.mid + t.barycorr, "d", "mid-exposure at the barycentre, BTJD (TDB)"),
         "barycorr": (t.barycorr, "d", "barycentric correction at the centre of the CCD"),
-        "cadence": (t.index.astype(np.int32), "1", "FFIINDEX"),
+        "cadence": (t.ffiindex.astype(np.int32), "1", "FFIINDEX"),
         "quality": (np.array(quality, np.int32), "1", "DQUALITY"),
         "ffi": (np.array(names, dtype=text), "1", "file name"),
         "fault": (np.array([faults.get(i, "") for i in range(sim.frames)], dtype=text), "1", "what is wrong"),
         "row_offset": (t.row_offset, "pixel", "stars moved along rows, at the centre"),
         "column_offset": (t.column_offset, "pixel", "stars moved along columns, at the centre"),
         "turn": (t.turn, "pixel", "stars moved by the turn of the field, at the edge of the CCD"),
-        "earth_angle": (separation(t.earth), "degree", "Earth from the boresight (synthetic orbit)"),
-        "earth_azimuth": (azimuth(t.earth), "degree", "Earth about the boresight (synthetic orbit)"),
-        "earth_distance": (t.earth_km, "km", "Earth from TESS (synthetic orbit)"),
-        "moon_angle": (separation(t.moon), "degree", "Moon from the boresight (synthetic orbit)"),
-        "moon_azimuth": (azimuth(t.moon), "degree", "Moon about the boresight (synthetic orbit)"),
-        "moon_distance": (t.moon_km, "km", "Moon from TESS (synthetic orbit)"),
     }
+    for body, place, km in (("earth", t.earth, t.earth_km), ("moon", t.moon, t.moon_km)):
+        note = f"{body.title()}, synthetic orbit, camera frame"
+        per_frame[f"{body}_angle"] = _polar(place)[0], "degree", note
+        per_frame[f"{body}_azimuth"] = _polar(place)[1], "degree", note
+        per_frame[f"{body}_distance"] = km, "km", note
     rows, columns = sim.shape
-    middle = {"y": np.arange(rows // BLOCK) * BLOCK + (BLOCK - 1) / 2, "x": np.arange(columns // BLOCK) * BLOCK + (BLOCK - 1) / 2}
-    note = {"units": "pixel", "long_name": "0-based science pixel"}
+    middle = {k: np.arange(n // BLOCK) * BLOCK + (BLOCK - 1) / 2 for k, n in (("y", rows), ("x", columns))}
+    pixel = {"units": "pixel", "long_name": "0-based science pixel"}
     return xr.Dataset(
         {
-            **{k: ("time", v, {"units": unit, "long_name": name}) for k, (v, unit, name) in per_frame.items()},
+            **{k: ("time", v, {"units": u, "long_name": name}) for k, (v, u, name) in per_frame.items()},
             "scene": (("row", "column"), static.stars[0] + static.sky, {"units": "electron s-1"}),
             "strap": ("column", static.strap, {"units": "1", "long_name": "response to diffuse light"}),
         },
         {
             "time": ("time", t.mid, {"units": "d", "long_name": "mid-exposure at the spacecraft, TJD (TDB)"}),
-            **{k: (k, v, note) for k, v in middle.items()},
-            "row": ("row", np.arange(rows), note),
-            "column": ("column", np.arange(columns), note),
+            **{k: (k, v, pixel) for k, v in middle.items()},
+            "row": ("row", np.arange(rows), pixel),
+            "column": ("column", np.arange(columns), pixel),
         },
         {"title": "truth of simulated TESS FFIs", "simulation": json.dumps(asdict(sim), default=int)},
     )  # fmt: skip
@@ -1027,13 +1052,13 @@ def simulate(
     frames : int
         Number of frames.
     start : float, optional
-        Spacecraft TJD of the first TSTART, moved to the nearest nominal cadence; also where the synthetic orbit
-        begins. By default 1325.313 + 27.3 (sector - 1).
+        Spacecraft TJD of the first TSTART, moved to the nearest nominal cadence; the synthetic orbit begins
+        there. By default 1325.313 + 27.3 (sector - 1).
     cadence : float, optional
         Seconds; by default that of the sector: 1800 (1-26), 600 (27-55), 200.
     step : int, optional
-        Every how many cadences a frame is written. By default `frames` span the two orbits of the sector, which
-        are 12.6 d each and have a gap of 1.1 d between them.
+        Every how many cadences a frame is written. By default `frames` span the two orbits of the sector,
+        12.6 d each with a gap of 1.1 d between them.
     shape : tuple of int
         Science rows and columns, multiples of 4. A smaller detector sees the same sky in larger pixels.
     seed : int
@@ -1099,15 +1124,18 @@ def simulate(
         if (i + 1) % together == 0 or i == frames - 1:
             first = i - i % together
             target[first : i + 1] = buffer[: i + 1 - first]
+        case = _Case(fault, quality[-1], scid, ffiindex)
         key = ffi_key(sim, i, scid)
         names.append(key.rpartition("/")[2])
-        files: dict[str, bytes] = {key.replace("_ffic", "_ffir"): b"raw FFIs are not simulated"} if ffir else {}
+        files: dict[str, bytes] = (
+            {key.replace("_ffic", "_ffir"): b"raw FFIs are not simulated"} if ffir else {}
+        )
         if fault in ("empty", "garbage"):
             files[key] = b"" if fault == "empty" else np.random.default_rng(i).bytes(20000)
         elif fault != "missing":
-            files[key] = bytes(_file(sim, i, fault, quality[-1], scid, total, index=ffiindex))
+            files[key] = bytes(_file(sim, i, case, total))
         if fault == "duplicate":
-            old = _file(sim, i, fault, quality[-1], scid, total, index=ffiindex, old=True)
+            old = _file(sim, i, case._replace(old=True), total)
             files[ffi_key(sim, i, scid, old=True)] = bytes(old)
         for name, content in files.items():
             path = f"{root}/{name}"
@@ -1117,4 +1145,7 @@ def simulate(
             fs.pipe_file(path, content)
     truth = _truth(sim, names, quality, chosen)
     truth.to_zarr(truth_url, mode="a", zarr_format=3, consolidated=False, storage_options=zarr_options)
-    return xr.open_zarr(truth_url, consolidated=False, chunks=None, storage_options=zarr_options)
+    opened: xr.Dataset = xr.open_zarr(
+        truth_url, consolidated=False, chunks=None, storage_options=zarr_options
+    )
+    return opened

@@ -67,6 +67,25 @@ def check_options(options: Options | None, name: str = "storage_options") -> dic
     return result
 
 
+FrozenOptions = tuple[tuple[str, Any], ...]
+"""Options that can be hashed and compared, for keys of caches and arguments of tasks."""
+
+
+def freeze(options: Options) -> FrozenOptions:
+    """Make options hashable; :func:`thaw` is the way back."""
+    return tuple(
+        sorted((name, ("dict", freeze(value)) if isinstance(value, Mapping) else value) for name, value in options.items())
+    )
+
+
+def thaw(options: FrozenOptions) -> dict[str, Any]:
+    """Return frozen options as a dictionary."""
+    return {
+        name: thaw(value[1]) if isinstance(value, tuple) and value[:1] == ("dict",) else value
+        for name, value in options
+    }
+
+
 def source_options(url: str, options: Options | None) -> dict[str, Any]:
     """Options for reading `url`: anonymous on S3 unless `options` says otherwise."""
     defaults = PUBLIC_S3 if url.startswith(("s3://", "s3a://")) else {}

@@ -47,7 +47,13 @@ CEPH_COMMANDS = ("ceph", "ceph-authtool", "ceph-mon", "ceph-osd", "monmaptool", 
 # Descriptor 3 is the pipe to pytest. The watcher ignores TERM so that it outlives a server that does so too.
 _WATCHED = """
 exec 3<&0 </dev/null
-(trap '' TERM INT; cat <&3 >/dev/null; kill -TERM -$$; sleep 3; kill -KILL -$$) >/dev/null 2>&1 &
+(
+    trap '' TERM INT
+    cat <&3
+    kill -TERM -$$
+    for i in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20; do kill -0 $$ && sleep 0.1; done
+    kill -KILL -$$
+) >/dev/null 2>&1 &
 exec 3<&-
 exec "$@"
 """
@@ -252,8 +258,7 @@ def run_ministack(tmp: Path) -> Iterator[S3Server]:
 class FolderServer:
     """A folder as a public, read-only object store: `<folder>/<bucket>/<key>`.
 
-    A proxy before it, `http://.../bucket/key` for the http file system of fsspec and `s3://bucket/key` with
-    `options()` all name the same bytes.
+    `s3://bucket/key` with `options()` and `<endpoint_url>/bucket/key` without any name the same bytes.
     """
 
     def __init__(self, endpoint_url: str, folder: Path) -> None:
@@ -518,7 +523,7 @@ class Fault:
     seconds : float
         Of kind "stall".
     forward : bool
-        Kinds "status" and "reset" with ``after=None`` let the server do the request before its answer is lost.
+        Kinds "status" and "reset" with ``after=None`` let the server do the request, then lose its answer.
     """
 
     kind: Literal["status", "reset", "stall", "truncate", "wrong_length", "corrupt"]

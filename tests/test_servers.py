@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import http.client
 import os
 import signal
@@ -324,7 +325,7 @@ def test_slow_and_failing_folder(serve_folder, tmp_path):
     failing = serve_folder(tmp_path, error_rate=1.0)
     with pytest.raises(OSError, match=r"reduce your request rate") as error:
         once(failing).cat_file("s3://bucket/a", start=0, end=10)
-    assert error.value.errno == 16  # EBUSY
+    assert error.value.errno == errno.EBUSY
 
 
 # --- the proxy ---------------------------------------------------------------------------------------------
@@ -373,14 +374,19 @@ def test_proxy_writes_in_parts(s3, proxy):
 
 
 @pytest.mark.parametrize(
-    ("status", "error", "errno"),
-    [(403, PermissionError, None), (404, FileNotFoundError, None), (500, OSError, 121), (503, OSError, 16)],
+    ("status", "raised"),
+    [
+        (403, (PermissionError, None)),
+        (404, (FileNotFoundError, None)),
+        (500, (OSError, errno.EREMOTEIO)),
+        (503, (OSError, errno.EBUSY)),
+    ],
 )
-def test_fault_status(hadro, public, proxy, status, error, errno):
+def test_fault_status(hadro, public, proxy, status, raised):
     front = proxy(hadro, of_objects(Fault("status", status, retry_after=7)))
-    with pytest.raises(error, match=f"injected {status}") as caught:
+    with pytest.raises(raised[0], match=f"injected {status}") as caught:
         once(front).cat_file(public, start=0, end=10)
-    assert caught.value.errno == errno
+    assert (type(caught.value), caught.value.errno) == raised
     assert caught.value.__cause__.response["ResponseMetadata"]["HTTPHeaders"]["retry-after"] == "7"
     [exchange] = front.reads()
     assert (exchange.status, exchange.fault.status) == (status, status)
@@ -459,12 +465,16 @@ def test_fault_corrupt_is_not_noticed_in_a_range(hadro, public, proxy):
 
 @pytest.mark.parametrize("after", [None, 5000])
 def test_fault_stall(hadro, public, proxy, after):
+    from botocore.exceptions import ReadTimeoutError
+    from fsspec.exceptions import FSTimeoutError
+
     front = proxy(hadro, of_objects(Fault("stall", seconds=60, after=after)))
     options = front.options(anon=True)
     options["config_kwargs"] = {"read_timeout": 0.5, "retries": {"max_attempts": 0}}
     s3 = fsspec.filesystem("s3", **options, skip_instance_cache=True)
     s3.retries = 1
-    with pytest.raises(Exception, match=r"(?i)timeout"):
+    # s3fs raises botocore's error before the answer has begun, fsspec's own (without a word) after that
+    with pytest.raises(ReadTimeoutError if after is None else FSTimeoutError):
         s3.cat_file(public, start=0, end=20_000)
     assert front.reads()[0].sent == (after or 0)
     front.fault = of_objects(Fault("stall", seconds=0.1, after=after))
@@ -506,7 +516,7 @@ def test_closed_proxy_leaves_no_thread(hadro, public):
     assert {t for t in set(threading.enumerate()) - before if t.name != "fsspecIO"} == set()
 
 
-# --- starting and stopping -----------------------------------------------------------------------------------
+# --- starting and stopping ---------------------------------------------------------------------------------
 
 
 def alive(group: int) -> bool:

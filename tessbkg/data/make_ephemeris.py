@@ -38,13 +38,13 @@ AU_KM = 149597870.7
 TJD_ZERO = 2457000.0
 STEP_HOURS = 1
 OVERLAP = 6  # samples kept beyond the seam, so that interpolation up to it is centred
-MONTHS = "Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec".split()
+MONTHS = ["Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec"]
 
 Floats = npt.NDArray[np.float64]
 
 
 def _barycentre_shift(tjd: Floats) -> Floats:
-    """Earth relative to the barycentre, DE431 minus DE440, km; a line through five 24-day orbit fits of 2020-2021."""
+    """Barycentric Earth, DE431 minus DE440, km: a line through five 24-day orbit fits of 2020-2021."""
     days = tjd - 1912.0
     return np.stack([106.5 - 0.00045 * days, 46.7 + 0.00015 * days, 5.16 + 0.0016 * days], axis=-1)
 
@@ -63,7 +63,7 @@ def _read(path: Path) -> tuple[str, Floats, Floats]:
 
 
 def _dates(header: str) -> tuple[str, str]:
-    """Day the table was made, and day of its latest tracking data (the trajectory's revision, if it is given)."""
+    """Day the table was made, and day of its latest tracking data (the trajectory's revision, if given)."""
     made = re.search(r"Ephemeris / WWW_USER \w+ (\w{3}) +(\d+) [\d:]+ (\d{4})", header)
     if made is None:
         raise ValueError("the header does not say when the table was made")
@@ -86,9 +86,8 @@ def _earth(kernel: Any, tjd: Floats, header: str) -> Floats:
 
 
 def _tjd(date: str) -> float:
-    return float(
-        (np.datetime64(date) - np.datetime64("1970-01-01")) / np.timedelta64(1, "D") + 2440587.5 - TJD_ZERO
-    )
+    days = (np.datetime64(date) - np.datetime64("1970-01-01")) / np.timedelta64(1, "D")
+    return float(days) + 2440587.5 - TJD_ZERO
 
 
 def main(folder: Path) -> None:

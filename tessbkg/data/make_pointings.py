@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 
 HEADER = (
-    "# Spacecraft pointing of each TESS sector: RA, Dec and roll of the spacecraft's +Z axis in degrees (ICRS), and "
-    "the planned days in TJD (JD - 2457000); numbers of tesswcs 1.9.3, sectors after 108 are plans\n"
+    "# Pointing of TESS in each sector: RA, Dec and roll of the spacecraft's +Z axis in degrees (ICRS), "
+    "and the planned days in TJD (JD - 2457000); numbers of tesswcs 1.9.3, sectors after 108 are plans\n"
     "sector,ra,dec,roll,start,stop\n"
 )
 

@@ -1,0 +1,823 @@
+"""The job: all FFIs of a CCD into a group of a store, shard by shard, in this process or on a cluster.
+
+One task is one shard of 64 frames: it reads them ahead with a few threads, reduces them one by one, writes
+the shard and then its `frame_status`. What is done stays done; running the job again does the rest.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+
+from tessbkg.catalog import ROOT, list_ffis, single_ccd
+from tessbkg.ccd import CCD, FIRST_SCIENCE_COLUMN, SCIENCE_SHAPE
+from tessbkg.dataset import (
+    SHARD_FRAMES,
+    Options,
+    choose_noise_frames,
+    describe,
+    expected_noise,
+    noise_of,
+    plan_of,
+    reduce_or_blank,
+    static_variables,
+)
+from tessbkg.errors import FFIReadError, StoreError
+from tessbkg.ffi import FFI, SCIENCE_END, FrameStatus, error_status, read_ffi_from
+from tessbkg.reduce import Plan
+from tessbkg.scene import MaskOptions, Scene, make_scene
+from tessbkg.stack import (
+    OnError,
+    bin_coordinates,
+    check_on_error,
+    frame_coordinates,
+    pixel_coordinates,
+    reference_wcs,
+)
+from tessbkg.storage import Options as StorageOptions
+from tessbkg.storage import FrozenOptions, check_options, filesystem, freeze, source_options, thaw
+from tessbkg.store import (
+    Group,
+    check_fields,
+    create_group,
+    dataset_to_table,
+    empty_variable,
+    marker,
+    read_child,
+    read_fields,
+    read_rows,
+    set_marker,
+    shards,
+    table_to_dataset,
+    unwritten_shards,
+    write_child,
+    write_rows,
+    write_shard,
+    write_template,
+)
+from tessbkg.survey import choose_dark, finish_survey, reject, survey_frames
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+logger = logging.getLogger(__name__)
+
+READ_AHEAD: Final = 3
+"""Frames on their way while one is reduced: 17.5 MB each."""
+
+SURVEY_TASKS: Final = 8
+SURVEY_FRAMES: Final = 256
+"""The survey of a CCD is cut into this many tasks at most, of this many frames at least."""
+
+RETRIES: Final = 2
+"""Times that a cluster tries a task again whose worker died or whose store failed."""
+
+FILE_BYTES: Final = 35_547_840
+"""Size of an FFI with headers of the usual length."""
+
+SURVEY_SHARE: Final = 0.025
+"""Share of a frame's science bytes that the survey reads: the header and three bands of 16 rows."""
+
+NOISE_FRAMES: Final = 4
+"""Frames read with their uncertainties to fit the noise law."""
+
+SCENE_BYTES: Final = 60_000_000
+"""Scene, error and mask, and what is prepared of them."""
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every task of one CCD's build needs to know: small, plain, the same for all.
+
+    Parameters
+    ----------
+    ccd : CCD
+    group : Group
+        Where the result goes.
+    options : Options
+        What the reduction does.
+    source : FrozenOptions
+        fsspec options of the source.
+    on_error : {"flag", "raise"}
+    shard_frames : int
+    """
+
+    ccd: CCD
+    group: Group
+    options: Options
+    source: FrozenOptions
+    on_error: OnError
+    shard_frames: int
+
+
+@dataclass(frozen=True, eq=False)
+class BuildPlan:
+    """A build that has not begun: what there is to do, and what is done already.
+
+    Parameters
+    ----------
+    job : Job
+    frames : pandas.DataFrame
+        Frames in order of time, as :func:`tessbkg.list_ffis` gives them.
+    fields : dict
+        What the group is made of; a group made of something else is not touched.
+    missing : list of (int, int)
+        First and last (exclusive) frame of every shard that is to be done.
+    steps : tuple of str
+        Steps before the shards that are to be done: survey, scene, template.
+    """
+
+    job: Job
+    frames: pd.DataFrame
+    fields: dict[str, Any]
+    missing: list[tuple[int, int]]
+    steps: tuple[str, ...]
+
+    @property
+    def tasks(self) -> int:
+        """Tasks that a cluster gets."""
+        survey = len(_survey_parts(len(self.frames))) if "survey" in self.steps else 0
+        return survey + ("scene" in self.steps) + len(self.missing)
+
+    @property
+    def frames_to_read(self) -> int:
+        """Frames of the shards that are to be done."""
+        return sum(last - first for first, last in self.missing)
+
+    @property
+    def bytes_to_read(self) -> int:
+        """Bytes over the wire, as far as the listing tells."""
+        sizes = self.frames["size"].to_numpy()
+        full = np.median(sizes[sizes > 0]) if (sizes > 0).any() else FILE_BYTES
+        science = SCIENCE_END * full / FILE_BYTES
+        passes = 2.0 if self.job.options.errors == "uncert" else 1.0
+        total = self.frames_to_read * science * passes
+        if "survey" in self.steps:
+            total += len(self.frames) * SURVEY_SHARE * science
+        if "scene" in self.steps:
+            total += (self.job.options.dark_frames + 2 * NOISE_FRAMES) * science
+        return int(total)
+
+    def explain(self) -> str:
+        """Say in a few lines what the build will do."""
+        options, job, n = self.job.options, self.job, len(self.frames)
+        total = shards(n, job.shard_frames)
+        begin, end = self.frames["start"].iloc[[0, -1]]
+        bins = (SCIENCE_SHAPE[0] // options.bin) ** 2
+        memory = (READ_AHEAD + 2) * SCIENCE_END + SCENE_BYTES + 2 * job.shard_frames * bins * 4
+        lines = [
+            f"{job.ccd} -> {job.group.name}",
+            f"frames        {n:,} from TJD {begin:.3f} to {end:.3f}, {(end - begin):.1f} days",
+            f"over the wire {self.bytes_to_read / 1e9:,.2f} GB",
+            f"reduction     bin {options.bin}, {options.statistic}, errors by {options.errors}, "
+            f"scene of {options.dark_frames} dark frames",
+            f"result        {n} x {SCIENCE_SHAPE[0] // options.bin} x {SCIENCE_SHAPE[1] // options.bin}, "
+            f"{2 * n * bins * 4 / 1e6:,.0f} MB before compression",
+            f"tasks         {self.tasks} of up to {job.shard_frames} frames, "
+            f"about {memory / 1e6:,.0f} MB of memory each",
+            f"done already  {len(total) - len(self.missing)} of {len(total)} shards"
+            + (f"; to do first: {', '.join(self.steps)}" if self.steps else ""),
+        ]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True, eq=False)
+class Report:
+    """What a build did.
+
+    Parameters
+    ----------
+    ccd : CCD
+    store : str
+        Store and group.
+    frames : pandas.DataFrame
+        One row a frame: `ffi`, `status`, `reason`, `seconds`, `nbytes`.
+    seconds : float
+        Wall time of this run.
+    shards_done : int
+        Shards that this run wrote; 0 when everything was there.
+    nbytes : int
+        Bytes that this run read in its second pass.
+    """
+
+    ccd: CCD
+    store: str
+    frames: pd.DataFrame
+    seconds: float
+    shards_done: int
+    nbytes: int
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Frames by status."""
+        statuses = self.frames["status"].value_counts().sort_index()
+        return {FrameStatus(int(status)).name.lower(): int(n) for status, n in statuses.items()}
+
+    @property
+    def bad(self) -> pd.DataFrame:
+        """Frames that are neither good nor rejected by quality."""
+        return self.frames[~self.frames["status"].isin([FrameStatus.GOOD, FrameStatus.REJECTED])]
+
+    def summary(self) -> str:
+        """Say in a few lines what became of the frames."""
+        counts = ", ".join(f"{n:,} {name.replace('_', ' ')}" for name, n in self.counts.items())
+        lines = [f"{self.ccd}: {len(self.frames):,} frames ({counts})"]
+        shown = self.bad.head(10)
+        lines += [f"  {row.ffi}: {row.reason}" for row in shown.itertuples()]
+        if len(self.bad) > len(shown):
+            lines.append(f"  and {len(self.bad) - len(shown)} more")
+        if self.shards_done:
+            rate = self.nbytes / 1e6 / self.seconds
+            lines.append(f"{self.seconds:.1f} s, {self.nbytes / 1e6:,.0f} MB read, {rate:,.0f} MB/s")
+        else:
+            lines.append("everything was there already: no pixel was read")
+        lines.append(f"store: {self.store}")
+        return "\n".join(lines)
+
+
+def plan_build(
+    store: str,
+    *,
+    sector: int | None = None,
+    camera: int | None = None,
+    ccd: int | None = None,
+    files: str | Iterable[str] | pd.DataFrame | None = None,
+    root: str = ROOT,
+    frames: slice | None = None,
+    options: Options | None = None,
+    shard_frames: int = SHARD_FRAMES,
+    on_error: OnError = "flag",
+    storage_options: StorageOptions | None = None,
+    store_options: StorageOptions | None = None,
+    overwrite: bool = False,
+    **reduction: Any,
+) -> BuildPlan:
+    """Plan the build of one CCD: list its frames and see what the store has.
+
+    Reads no header and no pixel. The arguments are those of :func:`build`.
+
+    Returns
+    -------
+    BuildPlan
+        ``plan.explain()`` says it in words.
+
+    Raises
+    ------
+    CatalogError
+        If no frames are found.
+    StoreMismatchError
+        If the store has this CCD made with other parameters.
+    ValueError
+        If an argument is wrong.
+
+    Examples
+    --------
+    >>> import tessbkg.simulate
+    >>> _ = tessbkg.simulate.simulate("memory://plan", frames=3, shape=(64, 64))
+    >>> plan_build("memory://plan.zarr", sector=1, camera=1, ccd=4, root="memory://plan").tasks
+    3
+    """
+    check_on_error(on_error)
+    if isinstance(shard_frames, bool) or not isinstance(shard_frames, int) or not 1 <= shard_frames <= 4096:
+        raise ValueError(f"shard_frames={shard_frames!r} is out of range: allowed are 1 to 4096")
+    options = _options(options, reduction)
+    source = check_options(storage_options)
+    check_options(store_options, "store_options")
+    if isinstance(files, pd.DataFrame):
+        table = files
+    else:
+        table = list_ffis(files, sector=sector, camera=camera, ccd=ccd, root=root, storage_options=source)
+    identity = single_ccd(table)
+    if frames is not None:
+        total = len(table)
+        table = table.iloc[frames].reset_index(drop=True)
+        if table.empty:
+            raise ValueError(f"frames={_slice_text(frames)} selects none of {total} frames")
+    group = Group.of(store, identity, store_options)
+    job = Job(identity, group, options, freeze(source), on_error, shard_frames)
+    fields = {
+        "sector": identity.sector,
+        "camera": identity.camera,
+        "ccd": identity.ccd,
+        **options.as_dict(),
+        "shard_frames": shard_frames,
+        "frames": len(table),
+        "frames_digest": hashlib.sha256("\n".join(table["ffi"]).encode()).hexdigest()[:16],
+    }
+    missing, steps = shards(len(table), shard_frames), ("survey", "scene", "template")
+    found = None if overwrite else read_fields(group)
+    if found is not None:
+        check_fields(group, found, fields)
+        steps = tuple(
+            step
+            for step, done in (
+                ("survey", marker(group.child("survey"), "complete")),
+                ("scene", marker(group.child("scene"), "complete")),
+                ("template", found.get("template")),
+            )
+            if not done
+        )
+        if not steps:
+            missing = unwritten_shards(group, shard_frames)
+    return BuildPlan(job, table, fields, missing, steps)
+
+
+def _slice_text(frames: slice) -> str:
+    return ":".join("" if part is None else str(part) for part in (frames.start, frames.stop, frames.step))
+
+
+def _options(options: Options | None, reduction: dict[str, Any]) -> Options:
+    """Options given whole or one by one."""
+    if options is None:
+        unknown = sorted(set(reduction) - set(Options.__dataclass_fields__))
+        if unknown:
+            allowed = ", ".join(Options.__dataclass_fields__)
+            raise ValueError(f"unknown option {unknown[0]!r}: allowed are {allowed}")
+        return Options(**reduction)
+    if reduction:
+        raise ValueError(f"options and {sorted(reduction)[0]!r} are both given: put it into options")
+    return options
+
+
+def build(
+    store: str,
+    *,
+    sector: int | None = None,
+    camera: int | None = None,
+    ccd: int | None = None,
+    files: str | Iterable[str] | pd.DataFrame | None = None,
+    root: str = ROOT,
+    frames: slice | None = None,
+    options: Options | None = None,
+    shard_frames: int = SHARD_FRAMES,
+    on_error: OnError = "flag",
+    storage_options: StorageOptions | None = None,
+    store_options: StorageOptions | None = None,
+    overwrite: bool = False,
+    client: Client | None = None,
+    progress: Progress | None = None,
+    **reduction: Any,
+) -> Report:
+    """Reduce all FFIs of one CCD into a group of a Zarr store; go on where an earlier run ended.
+
+    Parameters
+    ----------
+    store : str
+        Folder or URL of the store; several CCDs share one, built in any order.
+    sector, camera, ccd : int
+        Which CCD. Optional with `files` that are of one CCD.
+    files : str, iterable of str or pandas.DataFrame, optional
+        Instead of a listing: paths or URLs, a glob, a folder, or a table of :func:`tessbkg.list_ffis`.
+    root : str
+        URL of the folder that holds `ffi/`.
+    frames : slice, optional
+        Only these frames, counted in order of time.
+    options : Options, optional
+        What the reduction does; or its fields one by one: ``bin=16, statistic="median", ...``.
+    shard_frames : int
+        Frames of a shard: the unit of work, of storage and of resuming.
+    on_error : {"flag", "raise"}
+        What a frame that cannot be read does: become NaN with a status and a row in the report, or stop
+        the job.
+    storage_options, store_options : dict, optional
+        fsspec options of the source and of the store. Reading from S3 is anonymous by default; the store uses
+        the usual AWS settings. Never credentials.
+    overwrite : bool
+        Delete this CCD's group and start over.
+    client : distributed.Client, optional
+        Cluster that does the work; this process does it without.
+    progress : callable, optional
+        Called with the name of a step, tasks done and tasks in all.
+
+    Returns
+    -------
+    Report
+
+    Raises
+    ------
+    CatalogError
+        If no frames are found.
+    FFIReadError
+        If not one frame can be read, or with `on_error="raise"` one cannot.
+    StoreMismatchError
+        If the store has this CCD made with other parameters.
+    StoreError
+        If the store cannot be written.
+    ValueError
+        If an argument is wrong.
+
+    Examples
+    --------
+    >>> import tessbkg.simulate
+    >>> _ = tessbkg.simulate.simulate("memory://job", frames=5, shape=(64, 64))
+    >>> report = build("memory://job.zarr", sector=1, camera=1, ccd=4, root="memory://job", dark_frames=2)
+    >>> sum(report.counts.values())
+    5
+    """
+    plan = plan_build(
+        store,
+        sector=sector,
+        camera=camera,
+        ccd=ccd,
+        files=files,
+        root=root,
+        frames=frames,
+        options=options,
+        shard_frames=shard_frames,
+        on_error=on_error,
+        storage_options=storage_options,
+        store_options=store_options,
+        overwrite=overwrite,
+        **reduction,
+    )
+    return run_build(plan, client=client, overwrite=overwrite, progress=progress)
+
+
+def run_build(
+    plan: BuildPlan,
+    *,
+    client: Client | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Report:
+    """Do what a plan says; see :func:`build`."""
+    began = time.perf_counter()
+    job, tell = plan.job, progress or (lambda step, done, total: None)
+    if not plan.missing and not plan.steps and marker(job.group, "complete"):
+        return _report(plan, [], began)
+    create_group(job.group, plan.fields, overwrite=overwrite)
+    survey = _survey_step(plan, client, tell)
+    tell("scene", 0, 1)
+    _run(client, [(make_scene_group, (job,))], None)
+    tell("scene", 1, 1)
+    if not marker(job.group, "template"):
+        write_template(job.group, make_template(job, survey), job.shard_frames)
+    parts = plan.missing if not plan.steps else unwritten_shards(job.group, job.shard_frames)
+    done = len(shards(len(plan.frames), job.shard_frames)) - len(parts)
+    _run(
+        client,
+        [(reduce_shard, (job, first, last)) for first, last in spread(parts)],
+        lambda finished: tell("reduce", done + finished, done + len(parts)),
+    )
+    report = _report(plan, parts, began)
+    write_rows(job.group, "report", report.frames.to_dict(orient="records"))
+    set_marker(job.group, "complete")
+    return report
+
+
+def _report(plan: BuildPlan, parts: list[tuple[int, int]], began: float) -> Report:
+    """Collect the rows that the shards left."""
+    group = plan.job.group
+    rows = [] if parts else read_rows(group, "report")
+    if not rows:
+        rows = [
+            row
+            for first, _ in shards(len(plan.frames), plan.job.shard_frames)
+            for row in read_rows(group, _rows_of(first))
+        ]
+    frames = pd.DataFrame(rows)
+    new = pd.concat([frames.iloc[first:last] for first, last in parts]) if parts else frames.iloc[:0]
+    return Report(
+        plan.job.ccd,
+        group.name,
+        frames,
+        time.perf_counter() - began,
+        len(parts),
+        int(new["nbytes"].sum()) if parts else 0,
+    )
+
+
+def _rows_of(first: int) -> str:
+    """Name of the child group with the report of the shard that begins with frame `first`."""
+    return f"report/{first:06d}"
+
+
+def spread(parts: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Order shards so that neighbours run far apart: workers do not crowd one day's prefix."""
+    bits = max(len(parts) - 1, 0).bit_length()
+    order = sorted(range(len(parts)), key=lambda i: int(f"{i:0{bits}b}"[::-1], 2) if bits else 0)
+    return [parts[i] for i in order]
+
+
+def _run(
+    client: Client | None,
+    calls: list[tuple[Callable[..., Any], tuple[Any, ...]]],
+    finished: Callable[[int], None] | None,
+) -> list[Any]:
+    """Run independent calls here or on a cluster; results in order. The first error ends all."""
+    count = finished or (lambda number: None)
+    results: list[Any] = [None] * len(calls)
+    count(0)
+    if client is None:
+        for i, (function, arguments) in enumerate(calls):
+            results[i] = function(*arguments)
+            count(i + 1)
+        return results
+    from distributed import as_completed  # noqa: PLC0415 (slow to import)
+
+    futures = [
+        client.submit(function, *arguments, pure=False, retries=RETRIES, key=_key(function, i, arguments))
+        for i, (function, arguments) in enumerate(calls)
+    ]
+    place = {future.key: i for i, future in enumerate(futures)}
+    try:
+        for number, future in enumerate(as_completed(futures)):
+            results[place[future.key]] = future.result()
+            count(number + 1)
+    finally:
+        client.cancel([future for future in futures if not future.done()])
+    return results
+
+
+def _key(function: Callable[..., Any], i: int, arguments: tuple[Any, ...]) -> str:
+    """Name a task so that the dashboard groups it and two builds do not share it."""
+    job = next(one for one in arguments if isinstance(one, Job))
+    return f"{function.__name__}-{job.ccd.group.replace('/', '-')}-{i:04d}-{time.time_ns():x}"
+
+
+# --- survey, scene, template ---------------------------------------------------------------------------
+
+
+def _survey_parts(n: int) -> list[slice]:
+    size = max(SURVEY_FRAMES, -(-n // SURVEY_TASKS))
+    return [slice(first, first + size) for first in range(0, n, size)]
+
+
+def _survey_step(plan: BuildPlan, client: Client | None, tell: Progress) -> pd.DataFrame:
+    """Take the survey from the store, or make it."""
+    job = plan.job
+    stored = read_child(job.group, "survey")
+    if stored is not None:
+        return dataset_to_table(stored)
+    parts = _survey_parts(len(plan.frames))
+    pieces = _run(
+        client,
+        [(survey_part, (job, plan.frames.iloc[part])) for part in parts],
+        lambda finished: tell("survey", finished, len(parts)),
+    )
+    survey = reject(finish_survey(pieces), job.options.drop_quality)
+    broken = survey[~survey["status"].isin([FrameStatus.GOOD, FrameStatus.REJECTED])]
+    if job.on_error == "raise" and not broken.empty:
+        raise FFIReadError(broken.iloc[0]["url"], broken.iloc[0]["reason"])
+    write_child(job.group, "survey", table_to_dataset(survey))
+    return survey
+
+
+def survey_part(job: Job, frames: pd.DataFrame) -> pd.DataFrame:
+    """Survey some frames: a task."""
+    return survey_frames(frames, storage_options=thaw(job.source))
+
+
+def make_scene_group(job: Job) -> None:
+    """Make the scene of a CCD and write it into the group, unless it is there: a task."""
+    if marker(job.group.child("scene"), "complete"):
+        return
+    survey = read_survey(job)
+    dark = choose_dark(survey, job.options.dark_frames)
+    noise_frames = choose_noise_frames(survey, dark)
+    noise = _fit_noise(job, survey.iloc[noise_frames])
+    stack = np.empty((len(dark), *survey.loc[dark[0], ["rows", "columns"]].astype(int)), dtype=np.float32)
+    kept: list[str] = []
+    for i, frame in read_ahead(job, survey.iloc[dark]):
+        if isinstance(frame, FFI) and np.any(frame.flux > 0):
+            stack[len(kept)] = frame.flux
+            kept.append(str(survey["ffi"].iloc[dark[i]]))
+    if not kept:
+        raise FFIReadError(str(survey["url"].iloc[dark[0]]), "none of the dark frames could be read")
+    scene = make_scene(
+        stack[: len(kept)],
+        noise or expected_noise(float(survey["exposure"].median())),
+        options=job.options.mask,
+        first_column=int(survey["first_column"].max()) - FIRST_SCIENCE_COLUMN,
+        dark_frames=tuple(kept),
+    )
+    write_child(job.group, "scene", scene_to_dataset(scene))
+
+
+def _fit_noise(job: Job, survey: pd.DataFrame) -> tuple[float, float] | None:
+    """Fit the noise law to a sample of the pixels of some frames."""
+    sample = [
+        (frame.flux[::7, ::7].copy(), frame.flux_err[::7, ::7].copy())
+        for _, frame in read_ahead(job, survey, errors=True)
+        if isinstance(frame, FFI) and frame.flux_err is not None
+    ]
+    return noise_of(*(np.stack(images) for images in zip(*sample, strict=True))) if sample else None
+
+
+def scene_to_dataset(scene: Scene) -> xr.Dataset:
+    """Put a scene into variables."""
+    from tessbkg.scene import Mask  # noqa: PLC0415
+
+    dims = ("row", "column")
+    return xr.Dataset(
+        {
+            "flux": (dims, scene.flux, {"units": "electron s-1", "long_name": "static scene"}),
+            "flux_err": (dims, scene.error, {"units": "electron s-1", "long_name": "one-sigma error of flux"}),
+            "mask": (
+                dims,
+                scene.mask,
+                {
+                    "long_name": "why a pixel is masked",
+                    "flag_masks": np.array([bit.value for bit in Mask], dtype="u1"),
+                    "flag_meanings": " ".join(str(bit.name).lower() for bit in Mask),
+                },
+            ),
+        },
+        attrs={"noise": list(scene.noise), "dark_frames": list(scene.dark_frames)},
+    )
+
+
+def scene_of_dataset(dataset: xr.Dataset) -> Scene:
+    """Take a scene out of variables."""
+    a, b = dataset.attrs["noise"]
+    return Scene(
+        dataset["flux"].to_numpy(),
+        dataset["flux_err"].to_numpy(),
+        dataset["mask"].to_numpy(),
+        (float(a), float(b)),
+        tuple(dataset.attrs["dark_frames"]),
+    )
+
+
+def read_survey(job: Job) -> pd.DataFrame:
+    """Survey of a CCD as the store has it.
+
+    Raises
+    ------
+    StoreError
+        If it is not there.
+    """
+    stored = read_child(job.group, "survey")
+    if stored is None:
+        raise StoreError(f"{job.group.name} has no survey")
+    return dataset_to_table(stored)
+
+
+def make_template(job: Job, survey: pd.DataFrame) -> xr.Dataset:
+    """Make the Dataset of a CCD without the values that shards bring."""
+    stored = read_child(job.group, "scene")
+    if stored is None:
+        raise StoreError(f"{job.group.name} has no scene")
+    scene = scene_of_dataset(stored)
+    plan = plan_of(scene, job.options)
+    along_time = frame_coordinates(survey)
+    status = along_time.pop("frame_status")
+    del along_time["url"]  # the place of the source is its owner's; the survey has it for checks
+    shape = (len(survey), *plan.shape)
+    empty = empty_variable(shape, "f4", np.nan)
+    template = xr.Dataset(
+        {
+            "scattered_light": (("time", "y", "x"), empty),
+            "scattered_light_err": (("time", "y", "x"), empty),
+            "frame_status": ("time", empty_variable(shape[:1], "u1", FrameStatus.NOT_WRITTEN), status.attrs),
+            **static_variables(plan),
+        },
+        coords={**along_time, **bin_coordinates(pixel_coordinates(survey, scene.flux.shape), job.options.bin)},
+        attrs={
+            **asdict(job.ccd),
+            "wcs": reference_wcs(survey, thaw(job.source)),
+        },
+    )
+    return describe(template, job.options, scene.dark_frames)
+
+
+# --- shards ----------------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=2)
+def _prepared(job: Job) -> tuple[pd.DataFrame, Plan]:
+    """Survey and plan of a CCD, read once a process."""
+    stored = read_child(job.group, "scene")
+    if stored is None:
+        raise StoreError(f"{job.group.name} has no scene")
+    return read_survey(job), plan_of(scene_of_dataset(stored), job.options)
+
+
+def reduce_shard(job: Job, first: int, last: int) -> None:
+    """Reduce the frames of one shard and write them: a task."""
+    survey, plan = _prepared(job)
+    part = survey.iloc[first:last]
+    both, rows = reduce_frames(job, part, plan)
+    write_rows(job.group, _rows_of(first), rows)
+    status = np.array([row["status"] for row in rows], dtype=np.uint8)
+    write_shard(
+        job.group,
+        first,
+        last,
+        {"scattered_light": both[0], "scattered_light_err": both[1]},
+        status,
+    )
+    logger.info("%s: frames %d to %d written", job.group.name, first, last - 1)
+
+
+def reduce_frames(
+    job: Job, survey: pd.DataFrame, plan: Plan
+) -> tuple[np.ndarray[Any, np.dtype[np.float32]], list[dict[str, Any]]]:
+    """Read and reduce frames, one after the other.
+
+    Returns
+    -------
+    both : (2, time, ny, nx) float32
+        Values and errors; NaN where a frame is not good.
+    rows : list of dict
+        The report: `ffi`, `status`, `reason`, `seconds`, `nbytes`.
+    """
+    both = np.full((2, len(survey), *plan.shape), np.nan, dtype=np.float32)
+    rows = []
+    before = time.perf_counter()
+    for i, frame in read_ahead(job, survey, errors=job.options.errors == "uncert"):
+        status, reason, nbytes = FrameStatus(int(survey["status"].iloc[i])), str(survey["reason"].iloc[i]), 0
+        if isinstance(frame, FFIReadError):
+            if job.on_error == "raise":
+                raise frame
+            status, reason = error_status(frame), frame.reason
+        elif frame is not None:
+            status, both[:, i] = reduce_or_blank(frame.flux, plan, frame.flux_err)
+            reason = "nothing but zero and NaN" if status is FrameStatus.BLANK else ""
+            nbytes = frame.nbytes
+        now = time.perf_counter()
+        rows.append(
+            {
+                "ffi": str(survey["ffi"].iloc[i]),
+                "status": int(status),
+                "reason": reason,
+                "seconds": round(now - before, 4),
+                "nbytes": nbytes,
+            }
+        )
+        before = now
+    return both, rows
+
+
+def read_ahead(
+    job: Job, survey: pd.DataFrame, *, errors: bool = False
+) -> Iterator[tuple[int, FFI | FFIReadError | None]]:
+    """Read frames in order, a few ahead; None for those whose status is not good."""
+    urls, ends = survey["url"].tolist(), survey["end"].tolist()
+    good = (survey["status"] == FrameStatus.GOOD).tolist()
+    fs, _ = filesystem(urls[0], source_options(urls[0], thaw(job.source)))
+
+    def read(i: int) -> FFI | FFIReadError:
+        try:
+            frame = read_ffi_from(fs, fs._strip_protocol(urls[i]), errors=errors, end=ends[i], ccd=job.ccd)  # noqa: SLF001
+        except FFIReadError as error:
+            return error
+        shape = (int(survey["rows"].iloc[i]), int(survey["columns"].iloc[i]))
+        if frame.flux.shape != shape:
+            return FFIReadError(urls[i], f"{frame.flux.shape} science pixels; the survey found {shape}")
+        return frame
+
+    with ThreadPoolExecutor(READ_AHEAD) as pool:
+        pending: dict[int, Future[FFI | FFIReadError]] = {}
+        waiting = iter([i for i in range(len(urls)) if good[i]])
+        try:
+            for i in range(len(urls)):
+                while len(pending) < READ_AHEAD and (nxt := next(waiting, None)) is not None:
+                    pending[nxt] = pool.submit(read, nxt)
+                yield i, pending.pop(i).result() if i in pending else None
+        finally:
+            for future in pending.values():
+                future.cancel()
+
+
+# --- clusters ----------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def local_cluster(workers: int) -> Iterator[Client]:
+    """Start a cluster of single-thread processes on this machine's loopback address.
+
+    The environment of the workers keeps freed memory with the process: the default of dask gives every
+    frame-sized buffer back to the system, which halves the throughput.
+    """
+    import dask  # noqa: PLC0415
+    from distributed import Client, LocalCluster  # noqa: PLC0415
+
+    environment = "distributed.nanny.pre-spawn-environ"
+    with (
+        dask.config.set(
+            {
+                f"{environment}.MALLOC_TRIM_THRESHOLD_": 2 << 30,
+                f"{environment}.MALLOC_MMAP_THRESHOLD_": 1 << 30,
+                f"{environment}.MALLOC_TOP_PAD_": 64 << 20,
+            }
+        ),
+        LocalCluster(
+            n_workers=workers, threads_per_worker=1, host="127.0.0.1", dashboard_address="127.0.0.1:0"
+        ) as cluster,
+        Client(cluster) as client,
+    ):
+        yield client

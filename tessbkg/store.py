@@ -1,0 +1,461 @@
+"""Zarr v3 groups: template, shards, scene, open. Knows nothing of TESS but the names of groups.
+
+A store holds one group per CCD, `s0001/cam1/ccd4`. A group is written in this order, and each step is done
+only when the marker that is its last write is there:
+
+1. the group with its `fields`: what it is made of, and with which options;
+2. child group `survey`: the table of frames; marker: attribute `complete`;
+3. child group `scene`: the static sky and masks; marker: attribute `complete`;
+4. the template: every variable with its coordinates and attributes, no data; marker: attribute `template`;
+5. the shards along time, in any order, by anybody; marker: `frame_status` of the shard's frames;
+6. child group `report`: what became of every frame; marker: attribute `complete` of the CCD's group.
+
+Nobody may delete but the writer of a shard, its own unfinished objects, and `overwrite`, the whole group.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import dask.array as da
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import xarray as xr
+import zarr
+from zarr.codecs import BloscCodec
+from zarr.storage import FsspecStore, LocalStore
+
+from tessbkg.ccd import CCD
+from tessbkg.errors import StoreError, StoreMismatchError
+from tessbkg.storage import FrozenOptions, Options, check_options, filesystem, freeze, join, thaw
+
+logger = logging.getLogger(__name__)
+
+LAYOUT: Final = 1
+"""Version of this layout; a store of another one is refused."""
+
+CHUNK_FRAMES: Final = 8
+"""Frames of an inner chunk: one frame costs one request, a light curve one per 8 frames."""
+
+NOT_WRITTEN: Final = 255
+
+
+@dataclass(frozen=True)
+class Group:
+    """Where a CCD's group is: a store and a path in it.
+
+    Parameters
+    ----------
+    url : str
+        Store: a folder or any URL that fsspec opens.
+    path : str
+        Group path, such as `s0001/cam1/ccd4`.
+    options : FrozenOptions
+        fsspec options of the store; never credentials.
+    """
+
+    url: str
+    path: str
+    options: FrozenOptions = ()
+
+    @classmethod
+    def of(cls, url: str, ccd: CCD, options: Options | None) -> Group:
+        """Make the group of a CCD."""
+        return cls(str(url).rstrip("/"), ccd.group, freeze(check_options(options, "store_options")))
+
+    @property
+    def store_options(self) -> dict[str, Any]:
+        """Options as a dictionary."""
+        return thaw(self.options)
+
+    @property
+    def name(self) -> str:
+        """Store and path in one."""
+        return join(self.url, self.path)
+
+    def store(self, *, read_only: bool = False) -> Any:
+        """Open the Zarr store."""
+        return open_store(self.url, self.store_options, read_only=read_only)
+
+    def child(self, name: str) -> Group:
+        """Return a child group."""
+        return Group(self.url, f"{self.path}/{name}", self.options)
+
+
+def open_store(url: str, options: Options | None = None, *, read_only: bool = False) -> Any:
+    """Open a Zarr store at a URL or in a folder."""
+    fs, path = filesystem(url, check_options(options, "store_options"))
+    if "file" in np.atleast_1d(fs.protocol):
+        return LocalStore(path, read_only=read_only)
+    if fs.async_impl:
+        fs, path = filesystem(url, {**check_options(options), "asynchronous": True})
+        return FsspecStore(fs, path=path, read_only=read_only)
+    return FsspecStore.from_url(url, storage_options=dict(options or {}), read_only=read_only)
+
+
+@contextlib.contextmanager
+def store_errors(group: Group) -> Iterator[None]:
+    """Turn what filesystems raise at a write into one clear line.
+
+    Raises
+    ------
+    StoreError
+    """
+    try:
+        yield
+    except PermissionError as error:
+        raise StoreError(f"{group.url}: permission denied: {_line(error)}") from error
+    except FileNotFoundError as error:
+        raise StoreError(f"{group.url}: not found (does the bucket exist?): {_line(error)}") from error
+    except OSError as error:
+        raise StoreError(f"{group.url}: cannot write: {_line(error)}") from error
+
+
+def _line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).split("\n")[0][:200]
+
+
+def read_fields(group: Group) -> dict[str, Any] | None:
+    """Attributes of a CCD's group, or None if there is no group.
+
+    Raises
+    ------
+    StoreMismatchError
+        If the group is of another layout, or not ours.
+    """
+    try:
+        attrs = dict(zarr.open_group(group.store(read_only=True), path=group.path, mode="r").attrs)
+    except FileNotFoundError:
+        return None
+    layout = attrs.get("layout")
+    if layout != LAYOUT:
+        found = "is not one of tessbkg's" if layout is None else f"has layout {layout}"
+        raise StoreMismatchError(f"{group.name} {found}; this version reads and writes layout {LAYOUT}")
+    return attrs
+
+
+def create_group(group: Group, fields: Mapping[str, Any], *, overwrite: bool = False) -> dict[str, Any]:
+    """Create the group of a CCD, or find that it is there with the same fields.
+
+    Parameters
+    ----------
+    group : Group
+    fields : mapping
+        Plain values that say what the group is made of.
+    overwrite : bool
+        Delete what is there first.
+
+    Returns
+    -------
+    dict
+        The attributes of the group.
+
+    Raises
+    ------
+    StoreMismatchError
+        If the group was made with other fields; the message names them.
+    StoreError
+        If the store cannot be written.
+    """
+    with store_errors(group):
+        if overwrite:
+            _delete(group)
+        found = read_fields(group)
+        if found is None:
+            store = group.store()
+            parts = group.path.split("/")
+            for depth in range(len(parts)):
+                zarr.open_group(store, path="/".join(parts[:depth]), mode="a", zarr_format=3)
+            attrs = {"layout": LAYOUT, "fields": json.dumps(fields)}  # text: NetCDF knows no nested attributes
+            zarr.create_group(store, path=group.path, zarr_format=3, attributes=attrs, overwrite=True)
+            return attrs
+    check_fields(group, found, fields)
+    return found
+
+
+def check_fields(group: Group, attrs: Mapping[str, Any], fields: Mapping[str, Any]) -> None:
+    """Refuse a group that was made of something else.
+
+    Raises
+    ------
+    StoreMismatchError
+        Naming the fields that differ.
+    """
+    stored = json.loads(attrs.get("fields", "{}"))
+    differing = sorted(
+        name for name in {*stored, *fields} if json.dumps(stored.get(name)) != json.dumps(fields.get(name))
+    )
+    if differing:
+        details = "; ".join(f"{name}: {stored.get(name)!r} there, {fields.get(name)!r} asked" for name in differing)
+        raise StoreMismatchError(
+            f"{group.name} was made with other parameters ({details}); overwrite it or choose another store"
+        )
+
+
+def _delete(group: Group) -> None:
+    """Delete a group with everything in it."""
+    fs, path = filesystem(group.url, group.store_options)
+    with contextlib.suppress(FileNotFoundError):
+        fs.rm(join(path, group.path), recursive=True)
+    fs.invalidate_cache()
+
+
+def set_marker(group: Group, name: str) -> None:
+    """Set an attribute of a group to 1: the last write of a step."""
+    with store_errors(group):
+        zarr.open_group(group.store(), path=group.path, mode="r+").attrs[name] = 1
+
+
+def marker(group: Group, name: str) -> Any:
+    """Read an attribute of a group; None if either is not there."""
+    try:
+        return zarr.open_group(group.store(read_only=True), path=group.path, mode="r").attrs.get(name)
+    except FileNotFoundError:
+        return None
+
+
+def write_child(group: Group, name: str, dataset: xr.Dataset) -> None:
+    """Write a small Dataset as a child group, whole; what an interrupted write left is replaced."""
+    child = group.child(name)
+    with store_errors(group):
+        _delete(child)
+        encoding = {v: {"compressors": (BloscCodec(cname="zstd", clevel=3),)} for v in dataset.variables if dataset[v].dtype.kind != "O"}
+        dataset.to_zarr(
+            group.store(), group=child.path, mode="w", consolidated=False, zarr_format=3, encoding=encoding
+        )
+    set_marker(child, "complete")
+
+
+def read_child(group: Group, name: str) -> xr.Dataset | None:
+    """Read a child group into memory; None if it is not there or not complete."""
+    child = group.child(name)
+    if not marker(child, "complete"):
+        return None
+    with xr.open_zarr(group.store(read_only=True), group=child.path, consolidated=False, chunks=None) as dataset:
+        return dataset.load()
+
+
+def table_to_dataset(table: pd.DataFrame) -> xr.Dataset:
+    """Turn a table into variables along `frame`."""
+    return xr.Dataset(
+        {
+            str(name): ("frame", column.to_numpy(dtype=object if column.dtype.kind not in "iufb" else None))
+            for name, column in table.items()
+        }
+    )
+
+
+def dataset_to_table(dataset: xr.Dataset) -> pd.DataFrame:
+    """Turn variables along `frame` back into a table."""
+    return pd.DataFrame({str(name): variable.to_numpy() for name, variable in dataset.variables.items()})
+
+
+def write_template(group: Group, template: xr.Dataset, shard_frames: int) -> None:
+    """Write variables, coordinates and attributes of a group; variables backed by dask get no data.
+
+    Raises
+    ------
+    StoreError
+        If the store cannot be written.
+    """
+    encoding: dict[str, dict[str, Any]] = {}
+    for name, variable in template.variables.items():
+        codec: dict[str, Any] = {"compressors": (BloscCodec(cname="zstd", clevel=3, shuffle="bitshuffle"),)}
+        if variable.dtype.kind == "O":
+            codec = {}
+        if name == "frame_status":
+            codec |= {"chunks": (shard_frames,), "fill_value": NOT_WRITTEN}
+        elif variable.dims == ("time", "y", "x"):
+            frames = CHUNK_FRAMES if shard_frames % CHUNK_FRAMES == 0 else shard_frames
+            codec |= {
+                "chunks": (frames, *variable.shape[1:]),
+                "shards": (shard_frames, *variable.shape[1:]),
+                "fill_value": np.nan,
+            }
+        elif variable.shape:
+            codec |= {"chunks": variable.shape}
+        encoding[str(name)] = codec
+    with store_errors(group):
+        template = template.assign_attrs({**(read_fields(group) or {}), **template.attrs})
+        template.to_zarr(
+            group.store(),
+            group=group.path,
+            mode="a",
+            compute=False,
+            consolidated=False,
+            zarr_format=3,
+            encoding=encoding,
+        )
+    set_marker(group, "template")
+
+
+def empty_variable(shape: tuple[int, ...], dtype: str, fill: float) -> da.Array:
+    """Make a variable that a template declares and shards fill: one lazy chunk."""
+    return da.full(shape, fill, dtype=dtype, chunks=-1)
+
+
+def shards(n: int, shard_frames: int) -> list[tuple[int, int]]:
+    """First and last (exclusive) frame of every shard of `n` frames."""
+    return [(first, min(first + shard_frames, n)) for first in range(0, n, shard_frames)]
+
+
+def unwritten_shards(group: Group, shard_frames: int) -> list[tuple[int, int]]:
+    """Shards whose `frame_status` still has its fill value."""
+    status = np.asarray(zarr.open_array(group.store(read_only=True), path=f"{group.path}/frame_status", mode="r")[:])
+    return [(a, b) for a, b in shards(len(status), shard_frames) if (status[a:b] == NOT_WRITTEN).any()]
+
+
+def write_shard(
+    group: Group,
+    first: int,
+    last: int,
+    variables: Mapping[str, npt.NDArray[Any]],
+    status: npt.NDArray[np.uint8],
+) -> None:
+    """Write one shard of every variable, then its `frame_status`.
+
+    Parameters
+    ----------
+    first, last : int
+        Frames of the shard, last exclusive.
+    variables : mapping of str to (last - first, ...) array
+    status : (last - first,) uint8
+
+    Raises
+    ------
+    ValueError
+        If the region is not one whole shard of a variable: other writers would lose data.
+    StoreError
+        If the store cannot be written.
+    """
+    fs, root = filesystem(group.url, group.store_options)
+    with store_errors(group):
+        store = group.store()
+        for name, block in (*variables.items(), ("frame_status", status)):
+            array = zarr.open_array(store, path=f"{group.path}/{name}", mode="r+")
+            _check_region(array, first, last, block, name)
+            if block.ndim > 1:  # zarr 3.1 cannot write over an object that was cut short
+                key = array.metadata.encode_chunk_key((first // array.shards[0], *(0,) * (block.ndim - 1)))
+                with contextlib.suppress(FileNotFoundError):
+                    fs.rm_file(join(root, group.path, name, key))
+            array[first:last] = block
+
+
+def _check_region(array: Any, first: int, last: int, block: npt.NDArray[Any], name: str) -> None:
+    """Refuse a write that is not one whole shard."""
+    frames = (array.shards or array.chunks)[0]
+    whole = first % frames == 0 and last == min(first + frames, array.shape[0])
+    if not whole or block.shape != (last - first, *array.shape[1:]):
+        raise ValueError(
+            f"{name}[{first}:{last}] of shape {block.shape} is not one whole shard of {frames} frames of {array.shape}"
+        )
+
+
+def write_rows(group: Group, name: str, rows: list[dict[str, Any]]) -> None:
+    """Write rows of a report as JSON: the attribute `rows` of a child group."""
+    with store_errors(group):
+        store = group.store()
+        zarr.create_group(store, path=group.child(name).path, attributes={"rows": rows}, overwrite=True)
+
+
+def read_rows(group: Group, name: str) -> list[dict[str, Any]]:
+    """Read rows of a report; none if it is not there."""
+    rows: list[dict[str, Any]] = marker(group.child(name), "rows") or []
+    return rows
+
+
+def groups(url: str, options: Options | None = None) -> list[CCD]:
+    """CCDs that have a group in a store.
+
+    Raises
+    ------
+    StoreError
+        If there is no store at `url`.
+    """
+    store = open_store(url, options, read_only=True)
+    try:
+        root = zarr.open_group(store, mode="r")
+    except FileNotFoundError:
+        raise StoreError(f"{url} is not a Zarr store") from None
+    found = []
+    for sector, camera in ((s, c) for s in sorted(root.group_keys()) for c in sorted(root[s].group_keys())):
+        for ccd in sorted(root[f"{sector}/{camera}"].group_keys()):
+            with contextlib.suppress(ValueError):
+                found.append(CCD.from_group(f"{sector}/{camera}/{ccd}"))
+    return found
+
+
+def open_background(
+    store: str,
+    *,
+    sector: int,
+    camera: int,
+    ccd: int,
+    store_options: Options | None = None,
+    chunks: Any = "shards",
+) -> xr.Dataset:
+    """Open the scattered light of one CCD, lazily.
+
+    The same as ``xarray.open_zarr(store, group="s0001/cam1/ccd4", consolidated=False)``, with dask chunks that
+    are whole shards, and without the encoding that would make `to_zarr` of a changed copy fail.
+
+    Parameters
+    ----------
+    store : str
+        Folder or URL.
+    sector, camera, ccd : int
+    store_options : dict, optional
+        fsspec options of the store. Never credentials.
+    chunks : optional
+        As in `xarray.open_zarr`; by default one shard a chunk. None gives NumPy arrays read when indexed.
+
+    Returns
+    -------
+    xarray.Dataset
+
+    Raises
+    ------
+    StoreError
+        If there is no such group; the message names those there are.
+    StoreMismatchError
+        If it has another layout.
+    ValueError
+        If a number is out of range.
+
+    Warns
+    -----
+    UserWarning
+        If the build is not finished: frames that are not written are NaN with status 255.
+
+    Examples
+    --------
+    >>> import tessbkg, tessbkg.simulate
+    >>> _ = tessbkg.simulate.simulate("memory://src", frames=4, shape=(64, 64))
+    >>> _ = tessbkg.build("memory://out.zarr", sector=1, camera=1, ccd=4, root="memory://src", dark_frames=2)
+    >>> open_background("memory://out.zarr", sector=1, camera=1, ccd=4).scattered_light.shape
+    (4, 4, 4)
+    """
+    group = Group.of(store, CCD(sector, camera, ccd), store_options)
+    attrs = read_fields(group)
+    if attrs is None or not attrs.get("template"):
+        there = ", ".join(str(one) for one in groups(store, store_options)) or "none"
+        raise StoreError(f"{store} has no {CCD(sector, camera, ccd)}; it has {there}")
+    if not attrs.get("complete"):
+        warnings.warn(f"{group.name} is not finished: build it again to go on", stacklevel=2)
+    dataset = xr.open_zarr(
+        group.store(read_only=True), group=group.path, consolidated=False, chunks=None, mask_and_scale=False
+    )
+    if chunks == "shards":
+        chunks = {"time": json.loads(attrs["fields"])["shard_frames"], "y": -1, "x": -1}
+    for variable in dataset.variables.values():
+        variable.encoding = {}
+    if chunks is None:
+        return dataset
+    return dataset.assign({name: v.chunk(chunks) for name, v in dataset.items() if v.ndim == 3})
