@@ -84,9 +84,10 @@ ALBEDO: Final = {"earth": 0.37, "moon": 0.12}
 """Geometric albedo in the Lambert formula; the irradiances scale with it."""
 
 _LENS: Final = (0.2154, 0.7585)
-"""r = tan(a) (1 + k1 tan(a)**2 + k2 tan(a)**4): the focal-plane radius of a ray at angle a. Fitted to the WCS of
-eight sectors, all CCDs at once; with the corner table it places any pixel within `LENS_ERROR` degrees (median
-0.0015)."""
+"""r = tan(a) (1 + k1 tan(a)**2 + k2 tan(a)**4): the focal-plane radius of a ray at angle a.
+
+Fitted to the WCS of eight sectors, all CCDs at once; with the corner table it places any pixel within
+`LENS_ERROR` degrees (median 0.0015)."""
 LENS_ERROR: Final = 0.006
 
 _WCS_CARD: Final = re.compile(
@@ -395,6 +396,9 @@ class Pointing:
         Unit vectors of the bins in the camera frame.
     misfit : float
         Misfit of the WCS in degrees: of the one used, or else of the best one rejected. NaN without any.
+    offset : float
+        Between the WCS's boresight and the sector's nominal one in degrees: about 0.004 (aberration) unless
+        TESS pointed elsewhere; the misfit cannot tell. NaN if one of them is missing.
     source : str
         Where this came from, in words.
     """
@@ -402,6 +406,7 @@ class Pointing:
     frame: Floats
     pixel: Floats
     misfit: float
+    offset: float
     source: str
 
 
@@ -441,7 +446,13 @@ def point(
     ValueError
         If no WCS can be believed and the sector is not in the pointing table.
     """
-    CCD(sector, camera, ccd)
+    from astropy.io.fits import VerifyError  # noqa: PLC0415 (heavy)
+
+    ours, unknown = CCD(sector, camera, ccd), ""
+    try:
+        nominal = nominal_camera_frame(sector, camera, time=time)
+    except ValueError as error:
+        nominal, unknown = None, str(error)
     candidates = [wcs] if wcs is None or isinstance(wcs, str) or hasattr(wcs, "cards") else list(wcs)
     headers = [cast("str | Header", header) for header in candidates if header is not None and len(header)]
     rows, columns = np.asarray(row, dtype=np.float64)[:, None], np.asarray(column, dtype=np.float64)[None, :]
@@ -453,27 +464,26 @@ def point(
         try:
             region = region or _region(_read_header(header))
             frame, misfit = camera_frame(header, camera, ccd)
-        except ValueError as error:
+        except (ValueError, TypeError, KeyError, VerifyError) as error:
             reasons.append(f"{name}: {error}")
             continue
         misfits.append(misfit)
         if misfit <= MAX_MISFIT:
             pixel = pixel_directions(header, rows, columns) @ frame.T
-            return Pointing(frame, pixel, misfit, "; ".join([name, *reasons]))
+            apart = math.nan if nominal is None else float(np.linalg.norm(frame[2] - nominal[2]))
+            offset = math.degrees(2 * math.asin(apart / 2))
+            return Pointing(frame, pixel, misfit, offset, "; ".join([name, *reasons]))
         reasons.append(f"{name} misfits the camera by {misfit:.3f} degrees")
+    if nominal is None:
+        raise ValueError(f"the pointing of {ours} is not known: {'; '.join([*reasons, unknown])}")
     reasons = reasons or ["no WCS"]
-    try:
-        frame = nominal_camera_frame(sector, camera, time=time)
-    except ValueError as error:
-        raise ValueError(
-            f"the pointing of {CCD(sector, camera, ccd)} is not known: {'; '.join(reasons)}; {error}"
-        ) from error
     pixel = corner_directions(camera, ccd, rows, columns, region)
     finite = [misfit for misfit in misfits if math.isfinite(misfit)]
     return Pointing(
-        frame,
+        nominal,
         pixel,
         min(finite) if finite else math.nan,
+        math.nan,
         f"nominal pointing of the sector (0.01 degrees) and corner table ({LENS_ERROR} degrees); "
         + "; ".join(reasons),
     )
@@ -805,7 +815,7 @@ def geometry(
     xarray.Dataset
         On ``time`` as `boresight_angles`; on ``(y, x)`` the coordinates ``ra`` and ``dec``, ``field_angle``
         and ``pixel_direction`` (y, x, xyz) in the camera frame. Attributes name the sources of the ephemeris
-        and of the pointing, and the misfit of the WCS.
+        and of the pointing, the misfit of the WCS and its offset from the nominal pointing.
 
     Raises
     ------
@@ -830,7 +840,12 @@ def geometry(
         dec=(("y", "x"), np.degrees(np.arctan2(rz, np.hypot(rx, ry))), ATTRS["dec"]),
     )
     return sky.assign_attrs(
-        pointing_source=pointing.source, wcs_misfit_deg=pointing.misfit, sector=sector, camera=camera, ccd=ccd
+        pointing_source=pointing.source,
+        wcs_misfit_deg=pointing.misfit,
+        wcs_offset_deg=pointing.offset,
+        sector=sector,
+        camera=camera,
+        ccd=ccd,
     )
 
 

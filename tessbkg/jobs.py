@@ -52,6 +52,7 @@ from tessbkg.store import (
     check_fields,
     create_group,
     dataset_to_table,
+    delete_group,
     empty_variable,
     marker,
     read_child,
@@ -475,6 +476,8 @@ def run_build(
     report = _report(plan, parts, began)
     write_rows(job.group, "report", report.frames.to_dict(orient="records"))
     set_marker(job.group, "complete")
+    for first, _ in shards(len(plan.frames), job.shard_frames):
+        delete_group(job.group.child(_rows_of(first)))
     return report
 
 

@@ -166,7 +166,7 @@ def create_group(group: Group, fields: Mapping[str, Any], *, overwrite: bool = F
     """
     with store_errors(group):
         if overwrite:
-            _delete(group)
+            delete_group(group)
         found = read_fields(group)
         if found is None:
             store = group.store()
@@ -199,7 +199,7 @@ def check_fields(group: Group, attrs: Mapping[str, Any], fields: Mapping[str, An
         )
 
 
-def _delete(group: Group) -> None:
+def delete_group(group: Group) -> None:
     """Delete a group with everything in it."""
     fs, path = filesystem(group.url, group.store_options)
     with contextlib.suppress(FileNotFoundError):
@@ -225,7 +225,7 @@ def write_child(group: Group, name: str, dataset: xr.Dataset) -> None:
     """Write a small Dataset as a child group, whole; what an interrupted write left is replaced."""
     child = group.child(name)
     with store_errors(group):
-        _delete(child)
+        delete_group(child)
         encoding = {v: {"compressors": (BloscCodec(cname="zstd", clevel=3),)} for v in dataset.variables if dataset[v].dtype.kind != "O"}
         dataset.to_zarr(
             group.store(), group=child.path, mode="w", consolidated=False, zarr_format=3, encoding=encoding
@@ -361,8 +361,8 @@ def _check_region(array: Any, first: int, last: int, block: npt.NDArray[Any], na
 def write_rows(group: Group, name: str, rows: list[dict[str, Any]]) -> None:
     """Write rows of a report as JSON: the attribute `rows` of a child group."""
     with store_errors(group):
-        store = group.store()
-        zarr.create_group(store, path=group.child(name).path, attributes={"rows": rows}, overwrite=True)
+        child = zarr.open_group(group.store(), path=group.child(name).path, mode="a", zarr_format=3)
+        child.attrs["rows"] = rows
 
 
 def read_rows(group: Group, name: str) -> list[dict[str, Any]]:

@@ -87,13 +87,13 @@ def hadro(
 
 
 @pytest.fixture(scope="session")
-def ceph() -> Iterator[S3Server]:
+def ceph(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     """Run a real Ceph object store."""
     from servers import ceph_missing, run_ceph
 
     if missing := ceph_missing():
         pytest.skip(missing)
-    with run_ceph() as server:
+    with run_ceph(tmp_path_factory.mktemp("ceph")) as server:
         yield server
 
 

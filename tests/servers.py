@@ -20,11 +20,11 @@ import socketserver
 import struct
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import uuid
 from dataclasses import dataclass, field
+from functools import cached_property
 from http.server import BaseHTTPRequestHandler
 from importlib.metadata import version
 from itertools import count
@@ -51,7 +51,7 @@ exec 3<&0 </dev/null
     trap '' TERM INT
     cat <&3
     kill -TERM -$$
-    for i in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20; do kill -0 $$ && sleep 0.1; done
+    for i in 1 2 3 4 5 6 7 8 9 10; do kill -0 $$ && sleep 0.1; done
     kill -KILL -$$
 ) >/dev/null 2>&1 &
 exec 3<&-
@@ -172,6 +172,10 @@ class S3Server:
         """Return a file system that shares nothing with those that fsspec keeps."""
         return new_filesystem(self.endpoint_url, anon=anon)
 
+    @cached_property
+    def _owner(self) -> s3fs.S3FileSystem:
+        return self.filesystem()
+
     def bucket(self, name: str | None = None, *, public_read: bool = False) -> str:
         """Make a bucket and return its URL, `s3://name`.
 
@@ -193,7 +197,7 @@ class S3Server:
             if self._made[name] != public_read:
                 raise ValueError(f"bucket {name!r} was made with public_read={self._made[name]}")
             return f"s3://{name}"
-        s3 = self.filesystem()
+        s3 = self._owner
         s3.call_s3("create_bucket", Bucket=name)
         if public_read:
             s3.call_s3("delete_public_access_block", Bucket=name)
@@ -366,7 +370,7 @@ mon_max_pg_per_osd = 1000
 paxos propose interval = 0.02
 paxos min wait = 0.01
 run dir = {d}/run
-admin socket = {d}/run/$name.asok
+admin socket =
 log file = {d}/$name.log
 pid file =
 mon data = {d}/mon
@@ -387,13 +391,14 @@ rgw thread pool size = 64
 
 
 @contextlib.contextmanager
-def run_ceph() -> Iterator[S3Server]:
+def run_ceph(d: Path) -> Iterator[S3Server]:
     """Run a Ceph of one monitor, one OSD in memory and one RADOS gateway: the S3 of production systems.
 
-    Its files are below a folder of its own in the temporary folder of the system, because the path of a Unix
-    socket holds 107 characters only, and are removed in the end.
+    Parameters
+    ----------
+    d : Path
+        An empty folder for all its files; removed in the end.
     """
-    d = Path(tempfile.mkdtemp(prefix="ceph-", dir="/tmp"))
     daemons: list[Daemon] = []
     try:
         yield _start_ceph(d, daemons)

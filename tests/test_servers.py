@@ -550,7 +550,7 @@ def test_stopping_ends_the_whole_group(tmp_path):
     daemon.stop()
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_servers_die_with_the_tests(tmp_path, number):
     script = f"""
 import sys, time

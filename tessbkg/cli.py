@@ -1,0 +1,370 @@
+"""The command line: `tessbkg ...`."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+
+import tessbkg
+from tessbkg.errors import CatalogError, TessbkgError
+
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+
+
+class Numbers(click.ParamType):
+    """A list of numbers and ranges: `3`, `1-5,7`, `all`."""
+
+    name = "numbers"
+
+    def __init__(self, high: int, *, every: bool = True) -> None:
+        self.high, self.every = high, every
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[int]:
+        """Parse one argument."""
+        if isinstance(value, list):
+            return value
+        if value == "all" and self.every:
+            return list(range(1, self.high + 1))
+        numbers: set[int] = set()
+        for part in str(value).split(","):
+            first, dash, last = part.partition("-")
+            if not first.isdecimal() or (dash and not last.isdecimal()):
+                self._refuse(value, param, ctx)
+            begin, end = int(first), int(last or first)
+            if not 1 <= begin <= end <= self.high:
+                self._refuse(value, param, ctx)
+            numbers.update(range(begin, end + 1))
+        return sorted(numbers)
+
+    def _refuse(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> None:
+        every = ", or 'all'" if self.every else ""
+        self.fail(f"{value!r}: allowed are numbers from 1 to {self.high}, such as 3 or 1-2,4{every}", param, ctx)
+
+
+class FrameSlice(click.ParamType):
+    """A slice of frames in order of time: `START:STOP[:STEP]`."""
+
+    name = "START:STOP[:STEP]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> slice:
+        """Parse one argument."""
+        if isinstance(value, slice):
+            return value
+        try:
+            parts = [int(part) if part else None for part in value.split(":")]
+        except ValueError:
+            parts = []
+        if not 2 <= len(parts) <= 3 or any(part is not None and part < 0 for part in parts[:2]) or parts[2:] in ([0], []) and len(parts) == 3:
+            self.fail(f"{value!r}: allowed is START:STOP or START:STOP:STEP, such as 0:100 or ::10", param, ctx)
+        return slice(*parts)
+
+
+def identity_options(function: Any) -> Any:
+    """Add the options that say which CCDs."""
+    for option in (
+        click.option("--ccd", type=Numbers(4), default="all", show_default=True, help="CCDs: 4, 1-2,4, all."),
+        click.option("--camera", type=Numbers(4), default="all", show_default=True, help="Cameras: 1, 1-2, all."),
+        click.option("--sector", type=Numbers(9999, every=False), required=True, help="Sectors: 1, 1-5,7, 1751."),
+    ):
+        function = option(function)
+    return function
+
+
+def source_options(function: Any) -> Any:
+    """Add the options that say where FFIs are."""
+    for option in (
+        click.option("--anon/--no-anon", default=None, help="Read S3 without or with credentials. [default: --anon]"),
+        click.option("--endpoint-url", metavar="URL", help="S3 server of the source, if not Amazon's."),
+        click.option("--root", metavar="URL", default=None, help="Folder that holds ffi/. [default: the public bucket]"),
+    ):
+        function = option(function)
+    return function
+
+
+def _storage(endpoint_url: str | None, anon: bool | None) -> dict[str, Any]:
+    options: dict[str, Any] = {}
+    if endpoint_url is not None:
+        options["endpoint_url"] = endpoint_url
+    if anon is not None:
+        options["anon"] = anon
+    return options
+
+
+def store_options(function: Any) -> Any:
+    """Add the option of the store's server."""
+    return click.option(
+        "--store-endpoint-url", metavar="URL", help="S3 server of the store, if not Amazon's."
+    )(function)
+
+
+def reduction_options(function: Any) -> Any:
+    """Add the options of the reduction."""
+    for option in (
+        click.option("--shard-frames", default=64, show_default=True, type=click.IntRange(1, 4096), help="Frames of a shard: the unit of work and of storage."),
+        click.option("--frames", type=FrameSlice(), help="Only these frames, in order of time."),
+        click.option("--drop-quality", type=click.IntRange(0, 65535), help="Reject frames with any of these bits of DQUALITY. [default: 16447]"),
+        click.option("--dark-frames", default=16, show_default=True, type=click.IntRange(1, 32), help="Frames that the static scene is made of."),
+        click.option("--errors", type=click.Choice(["model", "uncert"]), default="model", show_default=True, help="Error bars by the noise law, or by the uncertainty images (twice the bytes)."),
+        click.option("--statistic", type=click.Choice(["median", "mean", "clipped", "rolling", "sparse"]), default="median", show_default=True, help="What a bin's value is."),
+        click.option("--bin", "bin_", default=16, show_default=True, type=int, help="Pixels along the side of a bin: a divisor of 2048."),
+    ):
+        function = option(function)
+    return function
+
+
+class Commands(click.Group):
+    """The group of commands; turns our errors into one line and an exit code."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a command."""
+        try:
+            return super().invoke(ctx)
+        except (CatalogError, ValueError) as error:
+            self._end(ctx, error, 2)
+        except (TessbkgError, OSError) as error:
+            self._end(ctx, error, 1)
+
+    @staticmethod
+    def _end(ctx: click.Context, error: Exception, code: int) -> None:
+        if ctx.params.get("debug"):
+            raise error
+        click.echo(f"tessbkg: {' '.join(str(error).split())}", err=True)
+        ctx.exit(code)
+
+
+@click.group(cls=Commands, context_settings=CONTEXT)
+@click.version_option(tessbkg.__version__, prog_name="tessbkg")
+@click.option("--debug", is_flag=True, help="Show tracebacks and what is logged.")
+def main(*, debug: bool) -> None:
+    """Turn TESS Full Frame Images into a Zarr store of their scattered light."""
+    logging.basicConfig(level=logging.INFO if debug else logging.WARNING, format="%(levelname)s %(message)s")
+
+
+def _root(root: str | None) -> str:
+    from tessbkg.catalog import ROOT  # noqa: PLC0415 (slow to import)
+
+    return root or ROOT
+
+
+@main.command("list")
+@identity_options
+@source_options
+@click.option("--urls", is_flag=True, help="Print the URL of every frame.")
+def list_command(*, sector: list[int], camera: list[int], ccd: list[int], root: str | None, endpoint_url: str | None, anon: bool | None, urls: bool) -> None:
+    """List the frames there are.
+
+    \b
+    Example:
+      tessbkg list --sector 1 --camera 1 --ccd 4
+    """
+    frames = tessbkg.list_ffis(sector=sector, camera=camera, ccd=ccd, root=_root(root), storage_options=_storage(endpoint_url, anon))
+    if urls:
+        click.echo("\n".join(frames["url"]))
+        return
+    click.echo("sector camera ccd  frames      first TJD       last TJD         GB")
+    for (s, c, k), part in frames.groupby(["sector", "camera", "ccd"]):
+        first, last = part["start"].iloc[[0, -1]]
+        size = part["size"].clip(lower=0).sum() / 1e9
+        click.echo(f"{s:6d} {c:6d} {k:3d} {len(part):7,d} {first:14.4f} {last:14.4f} {size:10.2f}")
+
+
+def _plans(out: str, sector: list[int], camera: list[int], ccd: list[int], root: str | None, endpoint_url: str | None, anon: bool | None, store_endpoint_url: str | None, bin_: int, drop_quality: int | None, **rest: Any) -> Iterator[Any]:
+    """Plan every CCD asked for."""
+    from tessbkg.ccd import DROP_QUALITY  # noqa: PLC0415
+    from tessbkg.dataset import Options  # noqa: PLC0415
+
+    options = Options(bin=bin_, statistic=rest.pop("statistic"), errors=rest.pop("errors"), dark_frames=rest.pop("dark_frames"), drop_quality=DROP_QUALITY if drop_quality is None else drop_quality)
+    source = _storage(endpoint_url, anon)
+    target = _storage(store_endpoint_url, None)
+    for one in sector:
+        frames = tessbkg.list_ffis(sector=one, camera=camera, ccd=ccd, root=_root(root), storage_options=source)
+        for _, part in frames.groupby(["camera", "ccd"]):
+            yield tessbkg.plan_build(out, files=part.reset_index(drop=True), options=options, storage_options=source, store_options=target, **rest)
+
+
+@main.command("plan")
+@click.argument("out")
+@identity_options
+@source_options
+@store_options
+@reduction_options
+def plan_command(**arguments: Any) -> None:
+    """Say what a build into OUT would read and do, without doing it.
+
+    \b
+    Example:
+      tessbkg plan bkg.zarr --sector 1 --camera 1 --ccd 4
+    """
+    for i, plan in enumerate(_plans(**arguments)):
+        click.echo(("\n" if i else "") + plan.explain())
+
+
+@main.command("build")
+@click.argument("out")
+@identity_options
+@source_options
+@store_options
+@reduction_options
+@click.option("--workers", type=click.IntRange(1, 1024), help="Start a cluster of this many processes here.")
+@click.option("--scheduler", metavar="ADDR", help="Use the Dask cluster at this address, such as tcp://host:8786.")
+@click.option("--on-error", type=click.Choice(["flag", "raise"]), default="flag", show_default=True, help="What an unreadable frame does: get a status, or stop the job.")
+@click.option("--overwrite", is_flag=True, help="Delete what the store has of these CCDs and start over.")
+def build_command(*, workers: int | None, scheduler: str | None, overwrite: bool, **arguments: Any) -> None:
+    """Build scattered light of CCDs into the Zarr store OUT, or go on with it.
+
+    \b
+    Examples:
+      tessbkg build bkg.zarr --sector 1 --camera 1 --ccd 4 --workers 2
+      tessbkg build s3://me/bkg.zarr --sector 1-3 --scheduler tcp://10.0.0.1:8786
+    """
+    from tessbkg.jobs import run_build  # noqa: PLC0415
+
+    if workers and scheduler:
+        raise click.UsageError("--workers and --scheduler exclude each other")
+    with _cluster(workers, scheduler) as client:
+        for plan in _plans(overwrite=overwrite, **arguments):
+            with _progress(str(plan.job.ccd)) as progress:
+                report = run_build(plan, client=client, overwrite=overwrite, progress=progress)
+            click.echo(report.summary())
+
+
+@contextlib.contextmanager
+def _cluster(workers: int | None, scheduler: str | None) -> Iterator[Any]:
+    if workers:
+        from tessbkg.jobs import local_cluster  # noqa: PLC0415
+
+        with local_cluster(workers) as client:
+            click.echo(f"dashboard: {client.dashboard_link}", err=True)
+            yield client
+    elif scheduler:
+        from distributed import Client  # noqa: PLC0415
+
+        with Client(scheduler, timeout=30) as client:
+            yield client
+    else:
+        yield None
+
+
+@contextlib.contextmanager
+def _progress(label: str) -> Iterator[Any]:
+    """Show a bar for each step on a terminal, a line for each step elsewhere."""
+    bars: dict[str, Any] = {}
+    with contextlib.ExitStack() as stack:
+
+        def progress(step: str, done: int, total: int) -> None:
+            if not sys.stderr.isatty():
+                if done == 0:
+                    click.echo(f"{label}: {step}, {total} tasks", err=True)
+                return
+            if step not in bars:
+                bars[step] = stack.enter_context(
+                    click.progressbar(length=total, label=f"{label}: {step:8s}", file=sys.stderr, show_pos=True)
+                )
+            bars[step].update(done - bars[step].pos)
+
+        yield progress
+
+
+@main.command("info")
+@click.argument("store")
+@store_options
+def info_command(*, store: str, store_endpoint_url: str | None) -> None:
+    """Say what a store holds.
+
+    \b
+    Example:
+      tessbkg info bkg.zarr
+    """
+    import warnings  # noqa: PLC0415
+
+    import numpy as np  # noqa: PLC0415
+
+    from tessbkg.ffi import FrameStatus  # noqa: PLC0415
+    from tessbkg.store import groups  # noqa: PLC0415
+
+    options = _storage(store_endpoint_url, None)
+    found = groups(store, options)
+    if not found:
+        click.echo(f"{store} is empty")
+    for one in found:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)
+                ds = tessbkg.open_background(store, sector=one.sector, camera=one.camera, ccd=one.ccd, store_options=options)
+        except TessbkgError:
+            click.echo(f"{one.group}  begun, nothing written yet")
+            continue
+        statuses, numbers = np.unique(ds["frame_status"].to_numpy(), return_counts=True)
+        counts = ", ".join(f"{n:,} {FrameStatus(int(s)).name.lower().replace('_', ' ')}" for s, n in zip(statuses, numbers, strict=True))
+        size = " x ".join(str(n) for n in ds["scattered_light"].shape)
+        first, last = (float(ds["time"][i]) for i in (0, -1))
+        finished = "" if ds.attrs.get("complete") else "  NOT FINISHED"
+        click.echo(f"{one.group}  {size}, bin {ds.attrs['bin']}, {ds.attrs['statistic']}, TJD {first:.3f} to {last:.3f}{finished}")
+        click.echo(f"  {counts}")
+
+
+@main.command("simulate")
+@click.argument("url")
+@identity_options
+@click.option("--frames", default=24, show_default=True, type=click.IntRange(1), help="Frames a CCD.")
+@click.option("--size", default=2048, show_default=True, type=click.IntRange(16, 2048), help="Science rows and columns.")
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0))
+@click.option("--kind", default="orbit", show_default=True, help="Kind of scene: orbit, smooth, glint, crowded, moon, drift, few_dark.")
+@click.option("--endpoint-url", metavar="URL", help="S3 server to write to, if not Amazon's.")
+def simulate_command(*, url: str, sector: list[int], camera: list[int], ccd: list[int], frames: int, size: int, seed: int, kind: str, endpoint_url: str | None) -> None:
+    """Write synthetic FFIs with a known truth below URL.
+
+    \b
+    Example:
+      tessbkg simulate sky --sector 1 --camera 1 --ccd 4
+    """
+    from tessbkg.simulate import simulate  # noqa: PLC0415
+
+    for s in sector:
+        for c in camera:
+            for k in ccd:
+                truth = simulate(url, sector=s, camera=c, ccd=k, frames=frames, shape=(size, size), seed=seed, kind=kind, storage_options=_storage(endpoint_url, None))
+                click.echo(f"sector {s} camera {c} CCD {k}: {truth.sizes['time']} frames below {url}")
+
+
+@main.command("demo")
+@click.option("--out", default="tessbkg-demo", show_default=True, type=click.Path(path_type=Path, file_okay=False), help="Folder for the store and the pictures.")
+@click.option("--frames", default=24, show_default=True, type=click.IntRange(4, 200))
+def demo_command(*, out: Path, frames: int) -> None:
+    """Simulate a short run of full-size frames, build its store, compare with the truth, draw pictures.
+
+    Needs no network, no account and about a minute.
+    """
+    import tempfile  # noqa: PLC0415
+
+    from tessbkg.demo import compare, draw  # noqa: PLC0415
+    from tessbkg.simulate import simulate  # noqa: PLC0415
+
+    identity = {"sector": 1, "camera": 1, "ccd": 4}
+    began = time.perf_counter()
+    out.mkdir(parents=True, exist_ok=True)
+    store = str(out / "bkg.zarr")
+    with tempfile.TemporaryDirectory(prefix="tessbkg-") as folder:
+        click.echo(f"1. simulate {frames} frames of 2048 x 2048 pixels in {folder}")
+        simulate(folder, frames=frames, **identity)
+        click.echo(f"2. build {store}")
+        with _progress("sector 1 camera 1 CCD 4") as progress:
+            report = tessbkg.build(store, root=folder, dark_frames=min(8, frames // 2), overwrite=True, progress=progress, **identity)
+        click.echo(report.summary())
+        click.echo("3. compare with the truth")
+        click.echo(compare(store, folder, identity))
+        click.echo("4. draw")
+        for path in draw(store, folder, out, identity):
+            click.echo(f"   {path}")
+    click.echo(f"\nDone in {time.perf_counter() - began:.0f} s. Open the store:\n")
+    click.echo(f'   python -c "import xarray; print(xarray.open_zarr({store!r}, group=\'s0001/cam1/ccd4\', consolidated=False))"\n')
+    click.echo("Real data, straight from the public bucket (network, no account); see first what it would read:\n")
+    click.echo("   tessbkg plan bkg.zarr --sector 1 --camera 1 --ccd 4")
+    click.echo("   tessbkg build bkg.zarr --sector 1 --camera 1 --ccd 4 --frames 0:200 --workers 2")

@@ -1,0 +1,78 @@
+"""What `tessbkg demo` computes and draws: a store of simulated frames against their truth."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import xarray as xr
+
+import tessbkg
+from tessbkg.ccd import CCD
+from tessbkg.ffi import FrameStatus
+from tessbkg.jobs import scene_of_dataset
+from tessbkg.plot import animate, plot_reduction
+from tessbkg.simulate import BLOCK
+from tessbkg.store import Group, read_child, read_rows
+
+
+def residual(ds: xr.Dataset, truth: xr.Dataset) -> xr.DataArray:
+    """Recovered minus true light of the good frames of a store, in memory.
+
+    Parameters
+    ----------
+    ds : xarray.Dataset
+        From :func:`tessbkg.open_background`.
+    truth : xarray.Dataset
+        From :func:`tessbkg.simulate.simulate`, of the same frames.
+
+    Returns
+    -------
+    (time, y, x) float32, electron s-1
+    """
+    good = ds["frame_status"].to_numpy() == FrameStatus.GOOD
+    size = int(ds.attrs["bin"]) // BLOCK
+    light = truth["light"].isel(time=good).coarsen(y=size, x=size).mean()
+    return ds["scattered_light"].isel(time=good).load().copy(data=ds["scattered_light"].isel(time=good).to_numpy() - light.to_numpy())
+
+
+def compare(store: str, root: str, identity: dict[str, int]) -> str:
+    """Say how close a store is to the truth that the simulator wrote."""
+    ds = tessbkg.open_background(store, **identity)
+    truth = xr.open_zarr(f"{root}/truth/{CCD(**identity).group}.zarr", consolidated=False)
+    difference = residual(ds, truth)
+    light = ds["scattered_light"].sel(time=difference["time"])
+    error = ds["scattered_light_err"].sel(time=difference["time"]).to_numpy()
+    level = np.median(light, axis=(1, 2))
+    lines = []
+    for name, chosen in (("quiet", level < 1), ("bright", level >= 1)):
+        if chosen.any():
+            part = difference.to_numpy()[chosen]
+            lines.append(
+                f"   {chosen.sum():3d} {name:6s} frames, light {level[chosen].min():8.2f} to {level[chosen].max():8.2f} e-/s: "
+                f"median |difference| {np.median(np.abs(part)):.3f}, rms {np.sqrt(np.mean(part**2)):.3f} e-/s, "
+                f"error bar {np.median(error[chosen]):.3f}"
+            )
+    return "\n".join(lines)
+
+
+def draw(store: str, root: str, out: Path, identity: dict[str, int]) -> list[Path]:
+    """Draw the brightest usable frame before and after, and the light of all frames as a GIF."""
+    ccd = CCD(**identity)
+    group = Group.of(store, ccd, None)
+    stored = read_child(group, "scene")
+    assert stored is not None  # the build that just ended wrote it
+    ds = tessbkg.open_background(store, **identity)
+    level = ds["scattered_light"].median(("y", "x")).to_numpy()
+    i = int(np.nanargmax(np.where(level < 100, level, np.nan))) if (level < 100).any() else int(np.nanargmin(level))
+    frame = tessbkg.list_ffis(root=root, **identity).set_index("ffi").loc[read_rows(group, "report")[i]["ffi"]]
+    figure = plot_reduction(
+        tessbkg.read_ffi(str(frame["url"])).flux,
+        scene_of_dataset(stored),
+        ds["scattered_light"][i].to_numpy(),
+        title=f"{ccd}, TJD {float(ds['time'][i]):.3f} (simulated)",
+    )
+    picture, movie = out / "frame.png", out / "light.gif"
+    figure.savefig(picture)
+    animate(ds, movie, fps=4)
+    return [picture, movie]

@@ -1,0 +1,173 @@
+"""Pictures and animations of frames, scenes and scattered light.
+
+Colours are those of `viridis` and `inferno`, which people with any colour vision can tell apart, on scales
+that are linear near zero and logarithmic far from it: the light spans five decades.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import xarray as xr
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from tessbkg.scene import Scene
+
+UNITS = "e$^-$ s$^{-1}$"
+
+
+def _norm(low: float, high: float, linear: float) -> Any:
+    from matplotlib.colors import AsinhNorm  # noqa: PLC0415 (slow to import)
+
+    return AsinhNorm(linear_width=linear, vmin=low, vmax=max(high, low + 1e-6))
+
+
+def _show(figure: Figure, axes: Any, image: npt.NDArray[Any], title: str, label: str, **style: Any) -> None:
+    """Draw one image with row 0 at the bottom, as FITS viewers do, and its colour bar."""
+    drawn = axes.imshow(image, origin="lower", interpolation="nearest", **style)
+    axes.set_title(title, fontsize=10)
+    bar = figure.colorbar(drawn, ax=axes, fraction=0.046, pad=0.03)
+    bar.set_label(label, fontsize=9)
+    bar.ax.tick_params(labelsize=8)
+    axes.tick_params(labelsize=8)
+
+
+def plot_reduction(
+    flux: npt.NDArray[np.float32], scene: Scene, light: npt.NDArray[np.float32], *, title: str = ""
+) -> Figure:
+    """Draw one frame, its static scene, the mask, and the scattered light that is left.
+
+    Parameters
+    ----------
+    flux : (rows, columns) float32, electron s-1
+    scene : Scene
+    light : (ny, nx) float32, electron s-1
+    title : str
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from tessbkg.scene import make_scene
+    >>> frame = np.full((64, 64), 100, dtype=np.float32)
+    >>> figure = plot_reduction(frame + 5, make_scene(frame[None], (7e-4, 0.02)), np.full((4, 4), 5.0))
+    >>> len(figure.axes)
+    8
+    """
+    from matplotlib.colors import BoundaryNorm, ListedColormap  # noqa: PLC0415
+    from matplotlib.figure import Figure as NewFigure  # noqa: PLC0415
+
+    figure = NewFigure(figsize=(13, 11), dpi=80, layout="constrained")
+    axes = figure.subplots(2, 2)
+    low, high = np.nanpercentile(scene.flux, [1, 99.5])
+    sky = {"norm": _norm(low - 5, max(high, float(np.nanpercentile(flux, 99.5))), 30), "cmap": "viridis"}
+    extent = (-0.5, flux.shape[1] - 0.5, -0.5, flux.shape[0] - 0.5)
+    _show(figure, axes[0, 0], flux, "before: the frame", f"flux ({UNITS})", extent=extent, **sky)
+    _show(figure, axes[0, 1], scene.flux, "the static scene", f"flux ({UNITS})", extent=extent, **sky)
+    names = ["used", "star", "saturated", "strap", "bad"]
+    kind = np.zeros(scene.mask.shape, dtype=np.uint8)
+    for code, bit in ((1, 1), (3, 4), (2, 2), (4, 8)):
+        kind[(scene.mask & bit) != 0] = code
+    colours = ListedColormap(["#f7f7f7", "#0072b2", "#d55e00", "#56b4e9", "#000000"])
+    drawn = axes[1, 0].imshow(
+        kind, origin="lower", cmap=colours, norm=BoundaryNorm(np.arange(-0.5, 5.5), 5), interpolation="nearest"
+    )
+    used = np.mean(scene.mask == 0)
+    axes[1, 0].set_title(f"mask: {used:.0%} of pixels are used", fontsize=10)
+    bar = figure.colorbar(drawn, ax=axes[1, 0], fraction=0.046, pad=0.03, ticks=range(5))
+    bar.ax.set_yticklabels(names, fontsize=8)
+    low, high = np.nanpercentile(light, [0.5, 99.8])
+    _show(
+        figure, axes[1, 1], light, "after: scattered light", f"scattered light ({UNITS})",
+        extent=extent, cmap="inferno", norm=_norm(min(low, 0), high, max((high - low) / 20, 0.1)),
+    )  # fmt: skip
+    for panel in axes.flat:
+        panel.set_xlabel("science column (pixel)", fontsize=9)
+        panel.set_ylabel("science row (pixel)", fontsize=9)
+    figure.suptitle(title)
+    return figure
+
+
+def animate(
+    ds: xr.Dataset,
+    path: str | Path,
+    *,
+    variable: str = "scattered_light",
+    fps: int = 8,
+    max_frames: int = 200,
+) -> None:
+    """Write an animation of a variable, with one colour scale for all frames.
+
+    Parameters
+    ----------
+    ds : xarray.Dataset
+        With `variable` on (time, y, x). Frames that are not good are left out.
+    path : str or Path
+        Ends in `.gif`.
+    variable : str
+    fps : int
+        Frames a second.
+    max_frames : int
+        More frames than these are thinned out evenly.
+
+    Raises
+    ------
+    ValueError
+        If there is no such variable, or no good frame.
+
+    Examples
+    --------
+    >>> import numpy as np, tempfile, xarray as xr
+    >>> light = xr.Dataset({"scattered_light": (("time", "y", "x"), np.ones((2, 4, 4), "f4"))}, {"time": [1.0, 2.0]})
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     animate(light, f"{folder}/light.gif")
+    """
+    from matplotlib.animation import FuncAnimation, PillowWriter  # noqa: PLC0415
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
+    from matplotlib.figure import Figure as NewFigure  # noqa: PLC0415
+
+    if variable not in ds or ds[variable].dims != ("time", "y", "x"):
+        three = [str(name) for name, v in ds.items() if v.dims == ("time", "y", "x")]
+        raise ValueError(f"variable={variable!r} is not among those on (time, y, x): {', '.join(three)}")
+    if Path(path).suffix.lower() != ".gif":
+        raise ValueError(f"path={str(path)!r} must end in .gif")
+    good = np.flatnonzero(ds["frame_status"].to_numpy() == 0) if "frame_status" in ds else np.arange(ds.sizes["time"])
+    if not good.size:
+        raise ValueError("there is no good frame to show")
+    chosen = good[np.linspace(0, good.size - 1, min(good.size, max_frames)).round().astype(int)]
+    cube = ds[variable].isel(time=chosen).to_numpy()
+    low, high = np.nanpercentile(cube, [0.5, 99.8])
+    figure = NewFigure(figsize=(6.4, 5.6), dpi=80, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    label = f"{ds[variable].attrs.get('long_name', variable)} ({ds[variable].attrs.get('units', '').replace('electron s-1', UNITS)})"
+    half = float(ds["x"][1] - ds["x"][0]) / 2 if "x" in ds.coords and ds.sizes["x"] > 1 else 0.5
+    x, y = (ds[d].to_numpy() if d in ds.coords else np.arange(ds.sizes[d]) for d in ("x", "y"))
+    _show(
+        figure, axes, cube[0], " ", label, cmap="inferno",
+        norm=_norm(min(low, 0.0), high, max((high - low) / 200, 0.5)),
+        extent=(x[0] - half, x[-1] + half, y[0] - half, y[-1] + half),
+    )  # fmt: skip
+    axes.set_xlabel("science column (pixel)")
+    axes.set_ylabel("science row (pixel)")
+    image = axes.images[0]
+
+    def draw(i: int) -> tuple[Any, ...]:
+        frame = ds.isel(time=chosen[i])
+        image.set_data(cube[i])
+        parts = [f"TJD {float(frame['time']):.3f}"]
+        if "cadence" in ds.coords:
+            parts.append(f"cadence {int(frame['cadence'])}")
+        axes.set_title("  ".join(parts), fontsize=10)
+        return (image,)
+
+    animation = FuncAnimation(figure, draw, frames=len(chosen), blit=False)
+    animation.save(str(path), writer=PillowWriter(fps=fps))
