@@ -1,10 +1,10 @@
 """The scattered light of TESS Full Frame Images as an analysis-ready dataset.
 
-    frames = tessbkg.list_ffis(sector=1, camera=1, ccd=4)
-    ffis = tessbkg.open_ffis(sector=1, camera=1, ccd=4)
-    light = tessbkg.scattered_light(ffis.isel(time=slice(0, 200)), bin=16)
-    report = tessbkg.build("bkg.zarr", sector=1, camera=1, ccd=4, bin=16)
-    ds = tessbkg.open_background("bkg.zarr", sector=1, camera=1, ccd=4)
+frames = tessbkg.list_ffis(sector=1, camera=1, ccd=4)
+ffis = tessbkg.open_ffis(sector=1, camera=1, ccd=4)
+light = tessbkg.scattered_light(ffis.isel(time=slice(0, 200)), bin=16)
+report = tessbkg.build("bkg.zarr", sector=1, camera=1, ccd=4, bin=16)
+ds = tessbkg.open_background("bkg.zarr", sector=1, camera=1, ccd=4)
 """
 
 from __future__ import annotations

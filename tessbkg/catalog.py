@@ -137,9 +137,7 @@ def list_ffis(
     return _drop_duplicates(frames, storage_options)
 
 
-def _explicit(
-    files: str | Iterable[str], options: Options | None
-) -> tuple[list[tuple[str, int, Any]], str]:
+def _explicit(files: str | Iterable[str], options: Options | None) -> tuple[list[tuple[str, int, Any]], str]:
     """Expand a list, glob or folder to (url, size, modified)."""
     if not isinstance(files, str):
         urls = [str(file) for file in files]

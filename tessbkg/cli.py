@@ -45,7 +45,9 @@ class Numbers(click.ParamType):
 
     def _refuse(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> None:
         every = ", or 'all'" if self.every else ""
-        self.fail(f"{value!r}: allowed are numbers from 1 to {self.high}, such as 3 or 1-2,4{every}", param, ctx)
+        self.fail(
+            f"{value!r}: allowed are numbers from 1 to {self.high}, such as 3 or 1-2,4{every}", param, ctx
+        )
 
 
 class FrameSlice(click.ParamType):
@@ -61,8 +63,15 @@ class FrameSlice(click.ParamType):
             parts = [int(part) if part else None for part in value.split(":")]
         except ValueError:
             parts = []
-        if not 2 <= len(parts) <= 3 or any(part is not None and part < 0 for part in parts[:2]) or parts[2:] in ([0], []) and len(parts) == 3:
-            self.fail(f"{value!r}: allowed is START:STOP or START:STOP:STEP, such as 0:100 or ::10", param, ctx)
+        if (
+            not 2 <= len(parts) <= 3
+            or any(part is not None and part < 0 for part in parts[:2])
+            or parts[2:] in ([0], [])
+            and len(parts) == 3
+        ):
+            self.fail(
+                f"{value!r}: allowed is START:STOP or START:STOP:STEP, such as 0:100 or ::10", param, ctx
+            )
         return slice(*parts)
 
 
@@ -70,8 +79,12 @@ def identity_options(function: Any) -> Any:
     """Add the options that say which CCDs."""
     for option in (
         click.option("--ccd", type=Numbers(4), default="all", show_default=True, help="CCDs: 4, 1-2,4, all."),
-        click.option("--camera", type=Numbers(4), default="all", show_default=True, help="Cameras: 1, 1-2, all."),
-        click.option("--sector", type=Numbers(9999, every=False), required=True, help="Sectors: 1, 1-5,7, 1751."),
+        click.option(
+            "--camera", type=Numbers(4), default="all", show_default=True, help="Cameras: 1, 1-2, all."
+        ),
+        click.option(
+            "--sector", type=Numbers(9999, every=False), required=True, help="Sectors: 1, 1-5,7, 1751."
+        ),
     ):
         function = option(function)
     return function
@@ -80,9 +93,13 @@ def identity_options(function: Any) -> Any:
 def source_options(function: Any) -> Any:
     """Add the options that say where FFIs are."""
     for option in (
-        click.option("--anon/--no-anon", default=None, help="Read S3 without or with credentials. [default: --anon]"),
+        click.option(
+            "--anon/--no-anon", default=None, help="Read S3 without or with credentials. [default: --anon]"
+        ),
         click.option("--endpoint-url", metavar="URL", help="S3 server of the source, if not Amazon's."),
-        click.option("--root", metavar="URL", default=None, help="Folder that holds ffi/. [default: the public bucket]"),
+        click.option(
+            "--root", metavar="URL", default=None, help="Folder that holds ffi/. [default: the public bucket]"
+        ),
     ):
         function = option(function)
     return function
@@ -107,13 +124,48 @@ def store_options(function: Any) -> Any:
 def reduction_options(function: Any) -> Any:
     """Add the options of the reduction."""
     for option in (
-        click.option("--shard-frames", default=64, show_default=True, type=click.IntRange(1, 4096), help="Frames of a shard: the unit of work and of storage."),
+        click.option(
+            "--shard-frames",
+            default=64,
+            show_default=True,
+            type=click.IntRange(1, 4096),
+            help="Frames of a shard: the unit of work and of storage.",
+        ),
         click.option("--frames", type=FrameSlice(), help="Only these frames, in order of time."),
-        click.option("--drop-quality", type=click.IntRange(0, 65535), help="Reject frames with any of these bits of DQUALITY. [default: 16447]"),
-        click.option("--dark-frames", default=16, show_default=True, type=click.IntRange(1, 32), help="Frames that the static scene is made of."),
-        click.option("--errors", type=click.Choice(["model", "uncert"]), default="model", show_default=True, help="Error bars by the noise law, or by the uncertainty images (twice the bytes)."),
-        click.option("--statistic", type=click.Choice(["median", "mean", "clipped", "rolling", "sparse"]), default="median", show_default=True, help="What a bin's value is."),
-        click.option("--bin", "bin_", default=16, show_default=True, type=int, help="Pixels along the side of a bin: a divisor of 2048."),
+        click.option(
+            "--drop-quality",
+            type=click.IntRange(0, 65535),
+            help="Reject frames with any of these bits of DQUALITY. [default: 16447]",
+        ),
+        click.option(
+            "--dark-frames",
+            default=16,
+            show_default=True,
+            type=click.IntRange(1, 32),
+            help="Frames that the static scene is made of.",
+        ),
+        click.option(
+            "--errors",
+            type=click.Choice(["model", "uncert"]),
+            default="model",
+            show_default=True,
+            help="Error bars by the noise law, or by the uncertainty images (twice the bytes).",
+        ),
+        click.option(
+            "--statistic",
+            type=click.Choice(["median", "mean", "clipped", "rolling", "sparse"]),
+            default="median",
+            show_default=True,
+            help="What a bin's value is.",
+        ),
+        click.option(
+            "--bin",
+            "bin_",
+            default=16,
+            show_default=True,
+            type=int,
+            help="Pixels along the side of a bin: a divisor of 2048.",
+        ),
     ):
         function = option(function)
     return function
@@ -157,14 +209,25 @@ def _root(root: str | None) -> str:
 @identity_options
 @source_options
 @click.option("--urls", is_flag=True, help="Print the URL of every frame.")
-def list_command(*, sector: list[int], camera: list[int], ccd: list[int], root: str | None, endpoint_url: str | None, anon: bool | None, urls: bool) -> None:
+def list_command(
+    *,
+    sector: list[int],
+    camera: list[int],
+    ccd: list[int],
+    root: str | None,
+    endpoint_url: str | None,
+    anon: bool | None,
+    urls: bool,
+) -> None:
     """List the frames there are.
 
     \b
     Example:
       tessbkg list --sector 1 --camera 1 --ccd 4
     """
-    frames = tessbkg.list_ffis(sector=sector, camera=camera, ccd=ccd, root=_root(root), storage_options=_storage(endpoint_url, anon))
+    frames = tessbkg.list_ffis(
+        sector=sector, camera=camera, ccd=ccd, root=_root(root), storage_options=_storage(endpoint_url, anon)
+    )
     if urls:
         click.echo("\n".join(frames["url"]))
         return
@@ -175,18 +238,45 @@ def list_command(*, sector: list[int], camera: list[int], ccd: list[int], root: 
         click.echo(f"{s:6d} {c:6d} {k:3d} {len(part):7,d} {first:14.4f} {last:14.4f} {size:10.2f}")
 
 
-def _plans(out: str, sector: list[int], camera: list[int], ccd: list[int], root: str | None, endpoint_url: str | None, anon: bool | None, store_endpoint_url: str | None, bin_: int, drop_quality: int | None, **rest: Any) -> Iterator[Any]:
+def _plans(
+    out: str,
+    sector: list[int],
+    camera: list[int],
+    ccd: list[int],
+    root: str | None,
+    endpoint_url: str | None,
+    anon: bool | None,
+    store_endpoint_url: str | None,
+    bin_: int,
+    drop_quality: int | None,
+    **rest: Any,
+) -> Iterator[Any]:
     """Plan every CCD asked for."""
     from tessbkg.ccd import DROP_QUALITY  # noqa: PLC0415
     from tessbkg.dataset import Options  # noqa: PLC0415
 
-    options = Options(bin=bin_, statistic=rest.pop("statistic"), errors=rest.pop("errors"), dark_frames=rest.pop("dark_frames"), drop_quality=DROP_QUALITY if drop_quality is None else drop_quality)
+    options = Options(
+        bin=bin_,
+        statistic=rest.pop("statistic"),
+        errors=rest.pop("errors"),
+        dark_frames=rest.pop("dark_frames"),
+        drop_quality=DROP_QUALITY if drop_quality is None else drop_quality,
+    )
     source = _storage(endpoint_url, anon)
     target = _storage(store_endpoint_url, None)
     for one in sector:
-        frames = tessbkg.list_ffis(sector=one, camera=camera, ccd=ccd, root=_root(root), storage_options=source)
+        frames = tessbkg.list_ffis(
+            sector=one, camera=camera, ccd=ccd, root=_root(root), storage_options=source
+        )
         for _, part in frames.groupby(["camera", "ccd"]):
-            yield tessbkg.plan_build(out, files=part.reset_index(drop=True), options=options, storage_options=source, store_options=target, **rest)
+            yield tessbkg.plan_build(
+                out,
+                files=part.reset_index(drop=True),
+                options=options,
+                storage_options=source,
+                store_options=target,
+                **rest,
+            )
 
 
 @main.command("plan")
@@ -213,8 +303,16 @@ def plan_command(**arguments: Any) -> None:
 @store_options
 @reduction_options
 @click.option("--workers", type=click.IntRange(1, 1024), help="Start a cluster of this many processes here.")
-@click.option("--scheduler", metavar="ADDR", help="Use the Dask cluster at this address, such as tcp://host:8786.")
-@click.option("--on-error", type=click.Choice(["flag", "raise"]), default="flag", show_default=True, help="What an unreadable frame does: get a status, or stop the job.")
+@click.option(
+    "--scheduler", metavar="ADDR", help="Use the Dask cluster at this address, such as tcp://host:8786."
+)
+@click.option(
+    "--on-error",
+    type=click.Choice(["flag", "raise"]),
+    default="flag",
+    show_default=True,
+    help="What an unreadable frame does: get a status, or stop the job.",
+)
 @click.option("--overwrite", is_flag=True, help="Delete what the store has of these CCDs and start over.")
 def build_command(*, workers: int | None, scheduler: str | None, overwrite: bool, **arguments: Any) -> None:
     """Build scattered light of CCDs into the Zarr store OUT, or go on with it.
@@ -265,7 +363,9 @@ def _progress(label: str) -> Iterator[Any]:
                 return
             if step not in bars:
                 bars[step] = stack.enter_context(
-                    click.progressbar(length=total, label=f"{label}: {step:8s}", file=sys.stderr, show_pos=True)
+                    click.progressbar(
+                        length=total, label=f"{label}: {step:8s}", file=sys.stderr, show_pos=True
+                    )
                 )
             bars[step].update(done - bars[step].pos)
 
@@ -297,16 +397,23 @@ def info_command(*, store: str, store_endpoint_url: str | None) -> None:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)
-                ds = tessbkg.open_background(store, sector=one.sector, camera=one.camera, ccd=one.ccd, store_options=options)
+                ds = tessbkg.open_background(
+                    store, sector=one.sector, camera=one.camera, ccd=one.ccd, store_options=options
+                )
         except TessbkgError:
             click.echo(f"{one.group}  begun, nothing written yet")
             continue
         statuses, numbers = np.unique(ds["frame_status"].to_numpy(), return_counts=True)
-        counts = ", ".join(f"{n:,} {FrameStatus(int(s)).name.lower().replace('_', ' ')}" for s, n in zip(statuses, numbers, strict=True))
+        counts = ", ".join(
+            f"{n:,} {FrameStatus(int(s)).name.lower().replace('_', ' ')}"
+            for s, n in zip(statuses, numbers, strict=True)
+        )
         size = " x ".join(str(n) for n in ds["scattered_light"].shape)
         first, last = (float(ds["time"][i]) for i in (0, -1))
         finished = "" if ds.attrs.get("complete") else "  NOT FINISHED"
-        click.echo(f"{one.group}  {size}, bin {ds.attrs['bin']}, {ds.attrs['statistic']}, TJD {first:.3f} to {last:.3f}{finished}")
+        click.echo(
+            f"{one.group}  {size}, bin {ds.attrs['bin']}, {ds.attrs['statistic']}, TJD {first:.3f} to {last:.3f}{finished}"
+        )
         click.echo(f"  {counts}")
 
 
@@ -314,11 +421,29 @@ def info_command(*, store: str, store_endpoint_url: str | None) -> None:
 @click.argument("url")
 @identity_options
 @click.option("--frames", default=24, show_default=True, type=click.IntRange(1), help="Frames a CCD.")
-@click.option("--size", default=2048, show_default=True, type=click.IntRange(16, 2048), help="Science rows and columns.")
+@click.option(
+    "--size", default=2048, show_default=True, type=click.IntRange(16, 2048), help="Science rows and columns."
+)
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0))
-@click.option("--kind", default="orbit", show_default=True, help="Kind of scene: orbit, smooth, glint, crowded, moon, drift, few_dark.")
+@click.option(
+    "--kind",
+    default="orbit",
+    show_default=True,
+    help="Kind of scene: orbit, smooth, glint, crowded, moon, drift, few_dark.",
+)
 @click.option("--endpoint-url", metavar="URL", help="S3 server to write to, if not Amazon's.")
-def simulate_command(*, url: str, sector: list[int], camera: list[int], ccd: list[int], frames: int, size: int, seed: int, kind: str, endpoint_url: str | None) -> None:
+def simulate_command(
+    *,
+    url: str,
+    sector: list[int],
+    camera: list[int],
+    ccd: list[int],
+    frames: int,
+    size: int,
+    seed: int,
+    kind: str,
+    endpoint_url: str | None,
+) -> None:
     """Write synthetic FFIs with a known truth below URL.
 
     \b
@@ -330,12 +455,28 @@ def simulate_command(*, url: str, sector: list[int], camera: list[int], ccd: lis
     for s in sector:
         for c in camera:
             for k in ccd:
-                truth = simulate(url, sector=s, camera=c, ccd=k, frames=frames, shape=(size, size), seed=seed, kind=kind, storage_options=_storage(endpoint_url, None))
+                truth = simulate(
+                    url,
+                    sector=s,
+                    camera=c,
+                    ccd=k,
+                    frames=frames,
+                    shape=(size, size),
+                    seed=seed,
+                    kind=kind,
+                    storage_options=_storage(endpoint_url, None),
+                )
                 click.echo(f"sector {s} camera {c} CCD {k}: {truth.sizes['time']} frames below {url}")
 
 
 @main.command("demo")
-@click.option("--out", default="tessbkg-demo", show_default=True, type=click.Path(path_type=Path, file_okay=False), help="Folder for the store and the pictures.")
+@click.option(
+    "--out",
+    default="tessbkg-demo",
+    show_default=True,
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Folder for the store and the pictures.",
+)
 @click.option("--frames", default=24, show_default=True, type=click.IntRange(4, 200))
 def demo_command(*, out: Path, frames: int) -> None:
     """Simulate a short run of full-size frames, build its store, compare with the truth, draw pictures.
@@ -356,7 +497,14 @@ def demo_command(*, out: Path, frames: int) -> None:
         simulate(folder, frames=frames, **identity)
         click.echo(f"2. build {store}")
         with _progress("sector 1 camera 1 CCD 4") as progress:
-            report = tessbkg.build(store, root=folder, dark_frames=min(8, frames // 2), overwrite=True, progress=progress, **identity)
+            report = tessbkg.build(
+                store,
+                root=folder,
+                dark_frames=min(8, frames // 2),
+                overwrite=True,
+                progress=progress,
+                **identity,
+            )
         click.echo(report.summary())
         click.echo("3. compare with the truth")
         click.echo(compare(store, folder, identity))
@@ -364,7 +512,11 @@ def demo_command(*, out: Path, frames: int) -> None:
         for path in draw(store, folder, out, identity):
             click.echo(f"   {path}")
     click.echo(f"\nDone in {time.perf_counter() - began:.0f} s. Open the store:\n")
-    click.echo(f'   python -c "import xarray; print(xarray.open_zarr({store!r}, group=\'s0001/cam1/ccd4\', consolidated=False))"\n')
-    click.echo("Real data, straight from the public bucket (network, no account); see first what it would read:\n")
+    click.echo(
+        f"   python -c \"import xarray; print(xarray.open_zarr({store!r}, group='s0001/cam1/ccd4', consolidated=False))\"\n"
+    )
+    click.echo(
+        "Real data, straight from the public bucket (network, no account); see first what it would read:\n"
+    )
     click.echo("   tessbkg plan bkg.zarr --sector 1 --camera 1 --ccd 4")
     click.echo("   tessbkg build bkg.zarr --sector 1 --camera 1 --ccd 4 --frames 0:200 --workers 2")

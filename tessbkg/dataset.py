@@ -197,20 +197,24 @@ def scattered_light(
     blank = da.isnan(both[0]).all(axis=(1, 2))
     status = da.where((status == FrameStatus.GOOD) & blank, np.uint8(FrameStatus.BLANK), status)
     coordinates = {
-        name: coordinate.variable
-        for name, coordinate in ffis.coords.items()
-        if coordinate.dims == ("time",)
+        name: coordinate.variable for name, coordinate in ffis.coords.items() if coordinate.dims == ("time",)
     }
     return describe(
         xr.Dataset(
             {
                 "scattered_light": (("time", "y", "x"), both[0]),
                 "scattered_light_err": (("time", "y", "x"), both[1]),
-                "frame_status": ("time", status, ffis["frame_status"].attrs if "frame_status" in ffis else {}),
+                "frame_status": (
+                    "time",
+                    status,
+                    ffis["frame_status"].attrs if "frame_status" in ffis else {},
+                ),
                 **static_variables(plan),
             },
             coords={**coordinates, **bin_coordinates(ffis.coords, bin)},
-            attrs={name: ffis.attrs[name] for name in ("sector", "camera", "ccd", "wcs") if name in ffis.attrs},
+            attrs={
+                name: ffis.attrs[name] for name in ("sector", "camera", "ccd", "wcs") if name in ffis.attrs
+            },
         ),
         options,
         scene.dark_frames,
@@ -314,7 +318,10 @@ def _excess_of(ffis: xr.Dataset, survey: pd.DataFrame) -> npt.NDArray[np.float64
         return excess
     if (survey["url"][good] != "").all():
         frames = survey[good][["ffi", "url"]].assign(
-            sector=ffis.attrs["sector"], camera=ffis.attrs["camera"], ccd=ffis.attrs["ccd"], start=survey["time"]
+            sector=ffis.attrs["sector"],
+            camera=ffis.attrs["camera"],
+            ccd=ffis.attrs["ccd"],
+            start=survey["time"],
         )
         source = json.loads(ffis.attrs.get("source_options", "{}"))
         levels = finish_survey([survey_frames(frames, storage_options=source)])
@@ -379,4 +386,3 @@ def describe(ds: xr.Dataset, options: Options, dark_frames: tuple[str, ...]) -> 
         "Conventions": "CF-1.11",
     }
     return ds
-

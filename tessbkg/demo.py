@@ -33,7 +33,12 @@ def residual(ds: xr.Dataset, truth: xr.Dataset) -> xr.DataArray:
     good = ds["frame_status"].to_numpy() == FrameStatus.GOOD
     size = int(ds.attrs["bin"]) // BLOCK
     light = truth["light"].isel(time=good).coarsen(y=size, x=size).mean()
-    return ds["scattered_light"].isel(time=good).load().copy(data=ds["scattered_light"].isel(time=good).to_numpy() - light.to_numpy())
+    return (
+        ds["scattered_light"]
+        .isel(time=good)
+        .load()
+        .copy(data=ds["scattered_light"].isel(time=good).to_numpy() - light.to_numpy())
+    )
 
 
 def compare(store: str, root: str, identity: dict[str, int]) -> str:
@@ -64,8 +69,14 @@ def draw(store: str, root: str, out: Path, identity: dict[str, int]) -> list[Pat
     assert stored is not None  # the build that just ended wrote it
     ds = tessbkg.open_background(store, **identity)
     level = ds["scattered_light"].median(("y", "x")).to_numpy()
-    i = int(np.nanargmax(np.where(level < 100, level, np.nan))) if (level < 100).any() else int(np.nanargmin(level))
-    frame = tessbkg.list_ffis(root=root, **identity).set_index("ffi").loc[read_rows(group, "report")[i]["ffi"]]
+    i = (
+        int(np.nanargmax(np.where(level < 100, level, np.nan)))
+        if (level < 100).any()
+        else int(np.nanargmin(level))
+    )
+    frame = (
+        tessbkg.list_ffis(root=root, **identity).set_index("ffi").loc[read_rows(group, "report")[i]["ffi"]]
+    )
     figure = plot_reduction(
         tessbkg.read_ffi(str(frame["url"])).flux,
         scene_of_dataset(stored),

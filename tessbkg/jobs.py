@@ -628,7 +628,11 @@ def scene_to_dataset(scene: Scene) -> xr.Dataset:
     return xr.Dataset(
         {
             "flux": (dims, scene.flux, {"units": "electron s-1", "long_name": "static scene"}),
-            "flux_err": (dims, scene.error, {"units": "electron s-1", "long_name": "one-sigma error of flux"}),
+            "flux_err": (
+                dims,
+                scene.error,
+                {"units": "electron s-1", "long_name": "one-sigma error of flux"},
+            ),
             "mask": (
                 dims,
                 scene.mask,
@@ -688,7 +692,10 @@ def make_template(job: Job, survey: pd.DataFrame) -> xr.Dataset:
             "frame_status": ("time", empty_variable(shape[:1], "u1", FrameStatus.NOT_WRITTEN), status.attrs),
             **static_variables(plan),
         },
-        coords={**along_time, **bin_coordinates(pixel_coordinates(survey, scene.flux.shape), job.options.bin)},
+        coords={
+            **along_time,
+            **bin_coordinates(pixel_coordinates(survey, scene.flux.shape), job.options.bin),
+        },
         attrs={
             **asdict(job.ccd),
             "wcs": reference_wcs(survey, thaw(job.source)),

@@ -78,7 +78,11 @@ def plot_reduction(
         kind[(scene.mask & bit) != 0] = code
     colours = ListedColormap(["#f7f7f7", "#0072b2", "#d55e00", "#56b4e9", "#000000"])
     drawn = axes[1, 0].imshow(
-        kind, origin="lower", cmap=colours, norm=BoundaryNorm(np.arange(-0.5, 5.5), 5), interpolation="nearest"
+        kind,
+        origin="lower",
+        cmap=colours,
+        norm=BoundaryNorm(np.arange(-0.5, 5.5), 5),
+        interpolation="nearest",
     )
     used = np.mean(scene.mask == 0)
     axes[1, 0].set_title(f"mask: {used:.0%} of pixels are used", fontsize=10)
@@ -139,7 +143,11 @@ def animate(
         raise ValueError(f"variable={variable!r} is not among those on (time, y, x): {', '.join(three)}")
     if Path(path).suffix.lower() != ".gif":
         raise ValueError(f"path={str(path)!r} must end in .gif")
-    good = np.flatnonzero(ds["frame_status"].to_numpy() == 0) if "frame_status" in ds else np.arange(ds.sizes["time"])
+    good = (
+        np.flatnonzero(ds["frame_status"].to_numpy() == 0)
+        if "frame_status" in ds
+        else np.arange(ds.sizes["time"])
+    )
     if not good.size:
         raise ValueError("there is no good frame to show")
     chosen = good[np.linspace(0, good.size - 1, min(good.size, max_frames)).round().astype(int)]

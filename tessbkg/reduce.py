@@ -402,9 +402,7 @@ def _differences(ny: int, nx: int) -> sparse.csc_array:
     for order, stencil in ((2, [1.0, -2.0, 1.0]), (1, [-1e-3, 1e-3])):
         for axis, n in enumerate((ny, nx)):
             if n > order:
-                difference = sparse.diags_array(
-                    stencil, offsets=list(range(order + 1)), shape=(n - order, n)
-                )
+                difference = sparse.diags_array(stencil, offsets=list(range(order + 1)), shape=(n - order, n))
                 identity = sparse.eye_array((nx, ny)[axis])
                 pair = (difference, identity) if axis == 0 else (identity, difference)
                 operators.append(sparse.kron(*pair))

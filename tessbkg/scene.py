@@ -183,7 +183,10 @@ def _remove_light(dark: Floats) -> None:
         reference[rows] = np.nanmedian(dark[:, rows], axis=0)
     size = min(LIGHT_BIN, *reference.shape)
     sky = ndimage.median_filter(reference[::4, ::4], size=9)
-    bright = reference > np.kron(sky, np.ones((4, 4), dtype=np.float32))[: reference.shape[0], : reference.shape[1]] + 100
+    bright = (
+        reference
+        > np.kron(sky, np.ones((4, 4), dtype=np.float32))[: reference.shape[0], : reference.shape[1]] + 100
+    )
     plan = plan_reduction(reference, bright, bin=size, statistic="median")
     light = np.stack([ndimage.gaussian_filter(reduce_frame(frame, plan)[0], 1.0) for frame in dark])
     order = np.argsort(np.nanmean(light, axis=(1, 2)))
@@ -197,9 +200,7 @@ def _remove_light(dark: Floats) -> None:
             frame -= _bilinear(image, rows, columns)
 
 
-def _bilinear(
-    image: Floats, rows: npt.NDArray[np.float64], columns: npt.NDArray[np.float64]
-) -> Floats:
+def _bilinear(image: Floats, rows: npt.NDArray[np.float64], columns: npt.NDArray[np.float64]) -> Floats:
     """Interpolate an image on the grid of fractional `rows` and `columns`."""
 
     def along(values: Floats, position: npt.NDArray[np.float64]) -> Floats:
@@ -279,6 +280,7 @@ def local_sky(flux: Floats, size: int = 32) -> Floats:
     sky = np.percentile(blocks.reshape(ny, nx, -1), 30, axis=2).astype(np.float32)
     sky = ndimage.median_filter(sky, size=3, mode="nearest")
     rows, columns = (
-        np.clip((np.arange(n) + 0.5) / size - 0.5, 0, m - 1) for n, m in zip(flux.shape, sky.shape, strict=True)
+        np.clip((np.arange(n) + 0.5) / size - 0.5, 0, m - 1)
+        for n, m in zip(flux.shape, sky.shape, strict=True)
     )
     return _bilinear(sky, rows, columns)

@@ -103,9 +103,7 @@ def open_ffis(
     if isinstance(files, pd.DataFrame):
         frames = files
     else:
-        frames = list_ffis(
-            files, sector=sector, camera=camera, ccd=ccd, root=root, storage_options=options
-        )
+        frames = list_ffis(files, sector=sector, camera=camera, ccd=ccd, root=root, storage_options=options)
     identity = single_ccd(frames)
     survey = _headers(frames, options, cache)
     broken = survey[survey["status"] != FrameStatus.GOOD]
@@ -120,7 +118,9 @@ def _headers(frames: pd.DataFrame, options: Options, cache: str | None) -> pd.Da
         fs, path = filesystem(cache, {})
         if fs.exists(path):
             with fs.open(path, "r") as file:
-                survey = pd.read_csv(file, float_precision="round_trip", keep_default_na=False, na_values=["nan"])
+                survey = pd.read_csv(
+                    file, float_precision="round_trip", keep_default_na=False, na_values=["nan"]
+                )
             if set(survey.get("url", ())) == set(frames["url"]):
                 return survey
     survey = finish_survey([survey_frames(frames, bands=False, storage_options=options)])
@@ -206,9 +206,7 @@ def _read_block(
 ) -> npt.NDArray[np.float32]:
     """Read the frames of one dask block; a frame that is known or found to be broken is NaN."""
     block = np.full((len(urls), *shape), np.nan, dtype=np.float32)
-    for i, (url, end, good) in enumerate(
-        zip(urls[:, 0, 0], ends[:, 0, 0], readable[:, 0, 0], strict=True)
-    ):
+    for i, (url, end, good) in enumerate(zip(urls[:, 0, 0], ends[:, 0, 0], readable[:, 0, 0], strict=True)):
         if not good:
             continue
         fs, path = filesystem(url, source_options(url, options))
@@ -256,8 +254,12 @@ def frame_coordinates(survey: pd.DataFrame) -> dict[str, xr.Variable]:
             flag_values=np.array([s.value for s in status], dtype="u1"),
             flag_meanings=" ".join(s.name.lower() for s in status),
         ),
-        "ffi": xr.Variable("time", survey["ffi"].to_numpy(dtype=object), {"long_name": "file name of the FFI"}),
-        "url": xr.Variable("time", survey["url"].to_numpy(dtype=object), {"long_name": "where the FFI was read"}),
+        "ffi": xr.Variable(
+            "time", survey["ffi"].to_numpy(dtype=object), {"long_name": "file name of the FFI"}
+        ),
+        "url": xr.Variable(
+            "time", survey["url"].to_numpy(dtype=object), {"long_name": "where the FFI was read"}
+        ),
     }
     btjd = coordinates["time"].to_numpy() + coordinates["barycorr"].to_numpy()
     coordinates["btjd"] = xr.Variable(

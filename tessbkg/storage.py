@@ -74,7 +74,10 @@ FrozenOptions = tuple[tuple[str, Any], ...]
 def freeze(options: Options) -> FrozenOptions:
     """Make options hashable; :func:`thaw` is the way back."""
     return tuple(
-        sorted((name, ("dict", freeze(value)) if isinstance(value, Mapping) else value) for name, value in options.items())
+        sorted(
+            (name, ("dict", freeze(value)) if isinstance(value, Mapping) else value)
+            for name, value in options.items()
+        )
     )
 
 
@@ -172,7 +175,9 @@ def read_error(key: str, error: BaseException, attempts: int = 1) -> FFIReadErro
     if isinstance(error, IsADirectoryError):
         return FFIReadError(key, "is a folder")
     if getattr(error, "status", None) in {403, 404}:
-        return FFIMissingError(key, "not found") if error.status == 404 else FFIReadError(key, "access denied")  # type: ignore[attr-defined]
+        return (
+            FFIMissingError(key, "not found") if error.status == 404 else FFIReadError(key, "access denied")
+        )  # type: ignore[attr-defined]
     tries = f" after {attempts} attempts" if attempts > 1 else ""
     return FFIReadError(key, f"{type(error).__name__}: {error}".split("\n")[0][:200] + tries)
 

@@ -173,7 +173,10 @@ def create_group(group: Group, fields: Mapping[str, Any], *, overwrite: bool = F
             parts = group.path.split("/")
             for depth in range(len(parts)):
                 zarr.open_group(store, path="/".join(parts[:depth]), mode="a", zarr_format=3)
-            attrs = {"layout": LAYOUT, "fields": json.dumps(fields)}  # text: NetCDF knows no nested attributes
+            attrs = {
+                "layout": LAYOUT,
+                "fields": json.dumps(fields),
+            }  # text: NetCDF knows no nested attributes
             zarr.create_group(store, path=group.path, zarr_format=3, attributes=attrs, overwrite=True)
             return attrs
     check_fields(group, found, fields)
@@ -193,7 +196,9 @@ def check_fields(group: Group, attrs: Mapping[str, Any], fields: Mapping[str, An
         name for name in {*stored, *fields} if json.dumps(stored.get(name)) != json.dumps(fields.get(name))
     )
     if differing:
-        details = "; ".join(f"{name}: {stored.get(name)!r} there, {fields.get(name)!r} asked" for name in differing)
+        details = "; ".join(
+            f"{name}: {stored.get(name)!r} there, {fields.get(name)!r} asked" for name in differing
+        )
         raise StoreMismatchError(
             f"{group.name} was made with other parameters ({details}); overwrite it or choose another store"
         )
@@ -226,7 +231,11 @@ def write_child(group: Group, name: str, dataset: xr.Dataset) -> None:
     child = group.child(name)
     with store_errors(group):
         delete_group(child)
-        encoding = {v: {"compressors": (BloscCodec(cname="zstd", clevel=3),)} for v in dataset.variables if dataset[v].dtype.kind != "O"}
+        encoding = {
+            v: {"compressors": (BloscCodec(cname="zstd", clevel=3),)}
+            for v in dataset.variables
+            if dataset[v].dtype.kind != "O"
+        }
         dataset.to_zarr(
             group.store(), group=child.path, mode="w", consolidated=False, zarr_format=3, encoding=encoding
         )
@@ -238,7 +247,9 @@ def read_child(group: Group, name: str) -> xr.Dataset | None:
     child = group.child(name)
     if not marker(child, "complete"):
         return None
-    with xr.open_zarr(group.store(read_only=True), group=child.path, consolidated=False, chunks=None) as dataset:
+    with xr.open_zarr(
+        group.store(read_only=True), group=child.path, consolidated=False, chunks=None
+    ) as dataset:
         return dataset.load()
 
 
@@ -308,7 +319,9 @@ def shards(n: int, shard_frames: int) -> list[tuple[int, int]]:
 
 def unwritten_shards(group: Group, shard_frames: int) -> list[tuple[int, int]]:
     """Shards whose `frame_status` still has its fill value."""
-    status = np.asarray(zarr.open_array(group.store(read_only=True), path=f"{group.path}/frame_status", mode="r")[:])
+    status = np.asarray(
+        zarr.open_array(group.store(read_only=True), path=f"{group.path}/frame_status", mode="r")[:]
+    )
     return [(a, b) for a, b in shards(len(status), shard_frames) if (status[a:b] == NOT_WRITTEN).any()]
 
 

@@ -74,9 +74,7 @@ def survey_frames(
 
 def _survey_batch(fs: Any, frames: pd.DataFrame, *, bands: bool) -> list[dict[str, Any]]:
     paths = [fs._strip_protocol(url) for url in frames["url"]]  # noqa: SLF001 (the only way fsspec has)
-    ccds = [
-        CCD(*(int(n) for n in identity)) for identity in frames[["sector", "camera", "ccd"]].to_numpy()
-    ]
+    ccds = [CCD(*(int(n) for n in identity)) for identity in frames[["sector", "camera", "ccd"]].to_numpy()]
     answers = read_ranges(fs, [(path, 0, HEADER_BYTES) for path in paths])
     rows: list[dict[str, Any]] = []
     headers: list[FFIHeader | None] = []
@@ -133,9 +131,7 @@ def _add_levels(
             requests.append((paths[i], header.row_offset(first), header.row_offset(last)))
             owners.append((i, first, last))
     levels: dict[int, list[float]] = {}
-    for (i, first, last), request, answer in zip(
-        owners, requests, read_ranges(fs, requests), strict=True
-    ):
+    for (i, first, last), request, answer in zip(owners, requests, read_ranges(fs, requests), strict=True):
         header = headers[i]
         assert header is not None
         try:
@@ -205,9 +201,7 @@ def finish_survey(parts: list[pd.DataFrame]) -> pd.DataFrame:
     survey["time"] = survey["time"].fillna(survey["start"] + exposure / 2)
     survey = survey.sort_values(["time", "ffi"], ignore_index=True)
     good = survey["barycorr"].notna()
-    survey["barycorr"] = np.interp(
-        survey["time"], survey.loc[good, "time"], survey.loc[good, "barycorr"]
-    )
+    survey["barycorr"] = np.interp(survey["time"], survey.loc[good, "time"], survey.loc[good, "barycorr"])
     index = np.round((survey["time"] - exposure / 2 - INDEX_EPOCH) / exposure)
     survey["cadence"] = survey["cadence"].fillna(index).astype(np.int64)
     survey["quality"] = survey["quality"].fillna(0).astype(np.int64)
@@ -300,7 +294,11 @@ def wcs_frames(survey: pd.DataFrame, number: int = 3) -> list[str]:
         return []
     turned = np.deg2rad(usable[["ra", "dec"]].to_numpy(dtype=np.float64))
     direction = np.stack(
-        [np.cos(turned[:, 1]) * np.cos(turned[:, 0]), np.cos(turned[:, 1]) * np.sin(turned[:, 0]), np.sin(turned[:, 1])]
+        [
+            np.cos(turned[:, 1]) * np.cos(turned[:, 0]),
+            np.cos(turned[:, 1]) * np.sin(turned[:, 0]),
+            np.sin(turned[:, 1]),
+        ]
     )
     distance = np.abs(direction - np.median(direction, axis=1, keepdims=True)).sum(axis=0)
     return [str(url) for url in usable["url"].to_numpy()[np.argsort(distance, kind="stable")[:number]]]

@@ -24,7 +24,6 @@ import threading
 import time
 import uuid
 from dataclasses import dataclass, field
-from functools import cached_property
 from http.server import BaseHTTPRequestHandler
 from importlib.metadata import version
 from itertools import count
@@ -169,12 +168,8 @@ class S3Server:
         return storage_options(self.endpoint_url, anon=anon)
 
     def filesystem(self, *, anon: bool = False) -> s3fs.S3FileSystem:
-        """Return a file system that shares nothing with those that fsspec keeps."""
-        return new_filesystem(self.endpoint_url, anon=anon)
-
-    @cached_property
-    def _owner(self) -> s3fs.S3FileSystem:
-        return self.filesystem()
+        """Return a file system that remembers no listing; closed with this."""
+        return open_filesystem(self.endpoint_url, anon=anon)
 
     def bucket(self, name: str | None = None, *, public_read: bool = False) -> str:
         """Make a bucket and return its URL, `s3://name`.
@@ -197,7 +192,7 @@ class S3Server:
             if self._made[name] != public_read:
                 raise ValueError(f"bucket {name!r} was made with public_read={self._made[name]}")
             return f"s3://{name}"
-        s3 = self._owner
+        s3 = self.filesystem()
         s3.call_s3("create_bucket", Bucket=name)
         if public_read:
             s3.call_s3("delete_public_access_block", Bucket=name)
@@ -211,11 +206,31 @@ def storage_options(endpoint_url: str, *, anon: bool) -> dict[str, Any]:
     return {"anon": anon, "endpoint_url": endpoint_url, "client_kwargs": {"region_name": REGION}}
 
 
-def new_filesystem(endpoint_url: str, *, anon: bool) -> s3fs.S3FileSystem:
-    """Return an s3fs file system without listings or connections of earlier ones."""
+def open_filesystem(endpoint_url: str, *, anon: bool) -> s3fs.S3FileSystem:
+    """Return an s3fs file system that remembers no listing."""
     import s3fs
 
-    return s3fs.S3FileSystem(**storage_options(endpoint_url, anon=anon), skip_instance_cache=True)
+    return s3fs.S3FileSystem(**storage_options(endpoint_url, anon=anon), use_listings_cache=False)
+
+
+def close_filesystems(endpoint_url: str) -> None:
+    """Close all file systems of a server that fsspec keeps, those of the code under test too, and drop them.
+
+    Each holds 17 MB and connections. s3fs closes them when they are collected, but gives up after 0.1 s, and
+    the ResourceWarning then fails whatever test is running.
+    """
+    if (s3fs := sys.modules.get("s3fs")) is None:
+        return
+    from fsspec.asyn import sync
+
+    kept = s3fs.S3FileSystem._cache
+    for token, filesystem in list(kept.items()):
+        if (
+            filesystem.endpoint_url == endpoint_url and not filesystem.asynchronous
+        ):  # zarr's are in its own loop
+            del kept[token]
+            if filesystem._s3 is not None:
+                sync(filesystem.loop, filesystem._s3.__aexit__, None, None, None)
 
 
 def public_read_policy(bucket: str) -> str:
@@ -256,6 +271,7 @@ def run_ministack(tmp: Path) -> Iterator[S3Server]:
         daemon.wait_until(lambda: answers(server.endpoint_url), seconds=30)
         yield server
     finally:
+        close_filesystems(server.endpoint_url)
         daemon.stop()
 
 
@@ -274,8 +290,8 @@ class FolderServer:
         return storage_options(self.endpoint_url, anon=anon)
 
     def filesystem(self, *, anon: bool = True) -> s3fs.S3FileSystem:
-        """Return a file system that shares nothing with those that fsspec keeps."""
-        return new_filesystem(self.endpoint_url, anon=anon)
+        """Return a file system that remembers no listing; closed with this."""
+        return open_filesystem(self.endpoint_url, anon=anon)
 
     def bucket(self, name: str | None = None) -> tuple[str, Path]:
         """Make a bucket; return its URL, `s3://name`, and its folder."""
@@ -333,6 +349,7 @@ def run_hadro(
         daemon.wait_until(lambda: answers(server.endpoint_url), seconds=30)
         yield server
     finally:
+        close_filesystems(server.endpoint_url)
         daemon.stop()
 
 
@@ -401,7 +418,9 @@ def run_ceph(d: Path) -> Iterator[S3Server]:
     """
     daemons: list[Daemon] = []
     try:
-        yield _start_ceph(d, daemons)
+        server = _start_ceph(d, daemons)
+        yield server
+        close_filesystems(server.endpoint_url)
     finally:
         for daemon in reversed(daemons):
             daemon.stop()
@@ -607,8 +626,8 @@ class Proxy:
         return storage_options(self.endpoint_url, anon=anon)
 
     def filesystem(self, *, anon: bool = False) -> s3fs.S3FileSystem:
-        """Return a file system that shares nothing with those that fsspec keeps."""
-        return new_filesystem(self.endpoint_url, anon=anon)
+        """Return a file system that remembers no listing; closed with this."""
+        return open_filesystem(self.endpoint_url, anon=anon)
 
     def reads(self, part: str = "") -> list[Exchange]:
         """Return the GETs of objects (not the listings) whose key contains `part`."""
@@ -639,6 +658,7 @@ class Proxy:
 
     def close(self) -> None:
         """Stop listening, end every connection and raise what a fault callable raised, if any."""
+        close_filesystems(self.endpoint_url)
         self.closing.set()
         self._listener.shutdown()
         self._listener.close_clients()

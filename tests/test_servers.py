@@ -43,7 +43,7 @@ def public(hadro: FolderServer) -> str:
 
 def once(proxy: Proxy, *, anon: bool = True):
     """Return a file system that asks once."""
-    s3 = fsspec.filesystem("s3", **proxy.options(anon=anon), **ONCE, skip_instance_cache=True)
+    s3 = fsspec.filesystem("s3", **proxy.options(anon=anon), **ONCE)
     s3.retries = 1
     return s3
 
@@ -119,11 +119,11 @@ def test_private_bucket_is_for_its_owner(s3):
         anybody.pipe(f"{bucket}/b", DATA)
 
 
-def test_unknown_key_is_refused(s3, monkeypatch):
+def test_unknown_key_is_refused(s3, proxy, monkeypatch):
     bucket = s3.bucket()
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "nobody")
     with pytest.raises(PermissionError):
-        s3.filesystem().pipe(f"{bucket}/a", DATA)
+        proxy(s3).filesystem().pipe(f"{bucket}/a", DATA)
 
 
 def test_bucket_is_made_once(ministack):
@@ -471,7 +471,7 @@ def test_fault_stall(hadro, public, proxy, after):
     front = proxy(hadro, of_objects(Fault("stall", seconds=60, after=after)))
     options = front.options(anon=True)
     options["config_kwargs"] = {"read_timeout": 0.5, "retries": {"max_attempts": 0}}
-    s3 = fsspec.filesystem("s3", **options, skip_instance_cache=True)
+    s3 = fsspec.filesystem("s3", **options)
     s3.retries = 1
     # s3fs raises botocore's error before the answer has begun, fsspec's own (without a word) after that
     with pytest.raises(ReadTimeoutError if after is None else FSTimeoutError):
@@ -502,6 +502,16 @@ def test_fault_callable_that_raises_fails_the_test(hadro, public):
     connection.close()
     with pytest.raises(ZeroDivisionError):
         front.close()
+
+
+def test_closed_proxy_takes_its_filesystems_with_it(hadro, public):
+    front = Proxy(hadro)
+    ours = fsspec.filesystem("s3", **front.options(anon=True))
+    assert ours.cat_file(public, start=0, end=10) == DATA[:10]
+    assert ours is fsspec.filesystem("s3", **front.options(anon=True))
+    front.close()
+    assert ours is not fsspec.filesystem("s3", **front.options(anon=True))
+    assert front.log[0].sent == 10
 
 
 def test_closed_proxy_leaves_no_thread(hadro, public):
