@@ -13,11 +13,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tessbkg.jobs import build, plan_build
     from tessbkg.catalog import list_ffis
     from tessbkg.ccd import CCD, Quality
     from tessbkg.dataset import Options, scattered_light
     from tessbkg.ffi import FrameStatus, read_ffi
+    from tessbkg.jobs import build, plan_build
     from tessbkg.scene import MaskOptions
     from tessbkg.stack import open_ffis
     from tessbkg.store import open_background

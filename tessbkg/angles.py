@@ -20,6 +20,7 @@ from __future__ import annotations
 import importlib
 import math
 import re
+import warnings
 from dataclasses import dataclass
 from functools import cache as memoize
 from importlib import resources
@@ -197,7 +198,9 @@ def _read_header(wcs: str | Header) -> Header:
         return wcs
     from astropy.io.fits import Header  # noqa: PLC0415 (heavy)
 
-    return Header.fromstring(wcs, sep="\n" if "\n" in wcs else "")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # cards out of order; those that are needed are checked
+        return Header.fromstring(wcs, sep="\n" if "\n" in wcs else "")
 
 
 def pixel_directions(header: str | Header, row: npt.ArrayLike, column: npt.ArrayLike) -> Floats:
@@ -206,7 +209,7 @@ def pixel_directions(header: str | Header, row: npt.ArrayLike, column: npt.Array
     Parameters
     ----------
     header : str or astropy.io.fits.Header
-        With a celestial WCS (SIP distortion included); a string as of ``Header.tostring()``.
+        With an equatorial WCS (SIP distortion included); a string as of ``Header.tostring()``.
     row, column : array_like
         1-based FFI coordinates of the pixel centres, may be fractional; broadcast against each other.
 
@@ -218,14 +221,18 @@ def pixel_directions(header: str | Header, row: npt.ArrayLike, column: npt.Array
     Raises
     ------
     ValueError
-        If the header holds no celestial WCS.
+        If the header holds no equatorial WCS.
     """
     from astropy.io.fits import Header  # noqa: PLC0415 (heavy)
     from astropy.wcs import WCS  # noqa: PLC0415
 
     cards = [card for card in _read_header(header).cards if _WCS_CARD.fullmatch(card.keyword)]
-    if not {"CTYPE1", "CTYPE2", "CRVAL1", "CRVAL2"} <= {card.keyword for card in cards}:
-        raise ValueError("the header holds no celestial WCS (CTYPE1, CRVAL1 ...)")
+    kinds = {card.keyword: str(card.value)[:3] for card in cards}
+    if (kinds.get("CTYPE1"), kinds.get("CTYPE2")) != ("RA-", "DEC") or not {
+        "CRVAL1",
+        "CRVAL2",
+    } <= kinds.keys():
+        raise ValueError("the header holds no equatorial WCS (CTYPE1 = RA..., CTYPE2 = DEC..., CRVALn)")
     try:
         wcs = WCS(Header(cards), fix=False)  # the WCS alone: other cards only make astropy warn
         rows, columns = np.broadcast_arrays(

@@ -1,6 +1,7 @@
 """List the FFIs of CCDs below a root URL, or sort out a list, glob or folder of files.
 
-The layout is that of the public bucket: `ROOT/ffi/s0001/2018/206/1-4/tess2018206192942-s0001-1-4-0120-s_ffic.fits`.
+The layout is that of the public bucket, below the root:
+`ffi/s0001/2018/206/1-4/tess2018206192942-s0001-1-4-0120-s_ffic.fits`.
 Each day folder of a CCD is one page of a listing, so the folders are listed in parallel. The stamp in a
 name is the start of the exposure at the spacecraft (UTC, to about two seconds); exact times are in headers.
 """

@@ -7,6 +7,7 @@ import logging
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from tessbkg.errors import CatalogError, TessbkgError
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
-class Numbers(click.ParamType):
+class Numbers(click.ParamType[list[int]]):
     """A list of numbers and ranges: `3`, `1-5,7`, `all`."""
 
     name = "numbers"
@@ -50,7 +51,7 @@ class Numbers(click.ParamType):
         )
 
 
-class FrameSlice(click.ParamType):
+class FrameSlice(click.ParamType[slice]):
     """A slice of frames in order of time: `START:STOP[:STEP]`."""
 
     name = "START:STOP[:STEP]"
@@ -66,8 +67,7 @@ class FrameSlice(click.ParamType):
         if (
             not 2 <= len(parts) <= 3
             or any(part is not None and part < 0 for part in parts[:2])
-            or parts[2:] in ([0], [])
-            and len(parts) == 3
+            or (parts[2:] in ([0], []) and len(parts) == 3)
         ):
             self.fail(
                 f"{value!r}: allowed is START:STOP or START:STOP:STEP, such as 0:100 or ::10", param, ctx
@@ -219,7 +219,7 @@ def list_command(
     anon: bool | None,
     urls: bool,
 ) -> None:
-    """List the frames there are.
+    r"""List the frames there are.
 
     \b
     Example:
@@ -240,6 +240,7 @@ def list_command(
 
 def _plans(
     out: str,
+    *,
     sector: list[int],
     camera: list[int],
     ccd: list[int],
@@ -248,6 +249,9 @@ def _plans(
     anon: bool | None,
     store_endpoint_url: str | None,
     bin_: int,
+    statistic: str,
+    errors: str,
+    dark_frames: int,
     drop_quality: int | None,
     **rest: Any,
 ) -> Iterator[Any]:
@@ -255,15 +259,9 @@ def _plans(
     from tessbkg.ccd import DROP_QUALITY  # noqa: PLC0415
     from tessbkg.dataset import Options  # noqa: PLC0415
 
-    options = Options(
-        bin=bin_,
-        statistic=rest.pop("statistic"),
-        errors=rest.pop("errors"),
-        dark_frames=rest.pop("dark_frames"),
-        drop_quality=DROP_QUALITY if drop_quality is None else drop_quality,
-    )
+    dropped = DROP_QUALITY if drop_quality is None else drop_quality
+    options = Options(bin_, statistic, errors, dark_frames, dropped)
     source = _storage(endpoint_url, anon)
-    target = _storage(store_endpoint_url, None)
     for one in sector:
         frames = tessbkg.list_ffis(
             sector=one, camera=camera, ccd=ccd, root=_root(root), storage_options=source
@@ -274,7 +272,7 @@ def _plans(
                 files=part.reset_index(drop=True),
                 options=options,
                 storage_options=source,
-                store_options=target,
+                store_options=_storage(store_endpoint_url, None),
                 **rest,
             )
 
@@ -286,7 +284,7 @@ def _plans(
 @store_options
 @reduction_options
 def plan_command(**arguments: Any) -> None:
-    """Say what a build into OUT would read and do, without doing it.
+    r"""Say what a build into OUT would read and do, without doing it.
 
     \b
     Example:
@@ -315,7 +313,7 @@ def plan_command(**arguments: Any) -> None:
 )
 @click.option("--overwrite", is_flag=True, help="Delete what the store has of these CCDs and start over.")
 def build_command(*, workers: int | None, scheduler: str | None, overwrite: bool, **arguments: Any) -> None:
-    """Build scattered light of CCDs into the Zarr store OUT, or go on with it.
+    r"""Build scattered light of CCDs into the Zarr store OUT, or go on with it.
 
     \b
     Examples:
@@ -376,7 +374,7 @@ def _progress(label: str) -> Iterator[Any]:
 @click.argument("store")
 @store_options
 def info_command(*, store: str, store_endpoint_url: str | None) -> None:
-    """Say what a store holds.
+    r"""Say what a store holds.
 
     \b
     Example:
@@ -444,7 +442,7 @@ def simulate_command(
     kind: str,
     endpoint_url: str | None,
 ) -> None:
-    """Write synthetic FFIs with a known truth below URL.
+    r"""Write synthetic FFIs with a known truth below URL.
 
     \b
     Example:
@@ -485,16 +483,17 @@ def demo_command(*, out: Path, frames: int) -> None:
     """
     import tempfile  # noqa: PLC0415
 
+    from tessbkg.ccd import CCD  # noqa: PLC0415
     from tessbkg.demo import compare, draw  # noqa: PLC0415
     from tessbkg.simulate import simulate  # noqa: PLC0415
 
-    identity = {"sector": 1, "camera": 1, "ccd": 4}
+    ccd = CCD(1, 1, 4)
     began = time.perf_counter()
     out.mkdir(parents=True, exist_ok=True)
     store = str(out / "bkg.zarr")
     with tempfile.TemporaryDirectory(prefix="tessbkg-") as folder:
         click.echo(f"1. simulate {frames} frames of 2048 x 2048 pixels in {folder}")
-        simulate(folder, frames=frames, **identity)
+        simulate(folder, frames=frames, **asdict(ccd))
         click.echo(f"2. build {store}")
         with _progress("sector 1 camera 1 CCD 4") as progress:
             report = tessbkg.build(
@@ -503,17 +502,17 @@ def demo_command(*, out: Path, frames: int) -> None:
                 dark_frames=min(8, frames // 2),
                 overwrite=True,
                 progress=progress,
-                **identity,
+                **asdict(ccd),
             )
         click.echo(report.summary())
         click.echo("3. compare with the truth")
-        click.echo(compare(store, folder, identity))
+        click.echo(compare(store, folder, ccd))
         click.echo("4. draw")
-        for path in draw(store, folder, out, identity):
+        for path in draw(store, folder, out, ccd):
             click.echo(f"   {path}")
     click.echo(f"\nDone in {time.perf_counter() - began:.0f} s. Open the store:\n")
     click.echo(
-        f"   python -c \"import xarray; print(xarray.open_zarr({store!r}, group='s0001/cam1/ccd4', consolidated=False))\"\n"
+        f"   >>> import xarray\n   >>> xarray.open_zarr({store!r}, group={ccd.group!r}, consolidated=False)\n"
     )
     click.echo(
         "Real data, straight from the public bucket (network, no account); see first what it would read:\n"

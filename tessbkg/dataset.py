@@ -13,13 +13,13 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final, Literal
 
-import dask
 import dask.array as da
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import xarray as xr
 from dask.base import tokenize
+from dask.delayed import delayed
 
 from tessbkg.ccd import CCD, DROP_QUALITY, FIRST_SCIENCE_COLUMN, LIVE_FRACTION, SCIENCE_SHAPE
 from tessbkg.ffi import FrameStatus
@@ -186,7 +186,7 @@ def scattered_light(
         _reduce_block,
         da.from_array(kept, chunks=1, name=False)[:, None, None],
         *arrays,
-        plan=dask.delayed(plan, pure=True),
+        plan=delayed(plan, pure=True),
         dtype=np.float32,
         meta=np.empty((0, 0, 0, 0), dtype=np.float32),
         new_axis=0,

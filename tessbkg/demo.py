@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -41,10 +42,10 @@ def residual(ds: xr.Dataset, truth: xr.Dataset) -> xr.DataArray:
     )
 
 
-def compare(store: str, root: str, identity: dict[str, int]) -> str:
+def compare(store: str, root: str, ccd: CCD) -> str:
     """Say how close a store is to the truth that the simulator wrote."""
-    ds = tessbkg.open_background(store, **identity)
-    truth = xr.open_zarr(f"{root}/truth/{CCD(**identity).group}.zarr", consolidated=False)
+    ds = tessbkg.open_background(store, **asdict(ccd))
+    truth = xr.open_zarr(f"{root}/truth/{ccd.group}.zarr", consolidated=False)
     difference = residual(ds, truth)
     light = ds["scattered_light"].sel(time=difference["time"])
     error = ds["scattered_light_err"].sel(time=difference["time"]).to_numpy()
@@ -53,21 +54,21 @@ def compare(store: str, root: str, identity: dict[str, int]) -> str:
     for name, chosen in (("quiet", level < 1), ("bright", level >= 1)):
         if chosen.any():
             part = difference.to_numpy()[chosen]
+            darkest, brightest = level[chosen].min(), level[chosen].max()
             lines.append(
-                f"   {chosen.sum():3d} {name:6s} frames, light {level[chosen].min():8.2f} to {level[chosen].max():8.2f} e-/s: "
-                f"median |difference| {np.median(np.abs(part)):.3f}, rms {np.sqrt(np.mean(part**2)):.3f} e-/s, "
-                f"error bar {np.median(error[chosen]):.3f}"
+                f"   {chosen.sum():3d} {name:6s} frames, light {darkest:8.2f} to {brightest:8.2f} e-/s: "
+                f"median |difference| {np.median(np.abs(part)):.3f}, rms {np.sqrt(np.mean(part**2)):.3f}, "
+                f"error bar {np.median(error[chosen]):.3f} e-/s"
             )
     return "\n".join(lines)
 
 
-def draw(store: str, root: str, out: Path, identity: dict[str, int]) -> list[Path]:
+def draw(store: str, root: str, out: Path, ccd: CCD) -> list[Path]:
     """Draw the brightest usable frame before and after, and the light of all frames as a GIF."""
-    ccd = CCD(**identity)
     group = Group.of(store, ccd, None)
     stored = read_child(group, "scene")
     assert stored is not None  # the build that just ended wrote it
-    ds = tessbkg.open_background(store, **identity)
+    ds = tessbkg.open_background(store, **asdict(ccd))
     level = ds["scattered_light"].median(("y", "x")).to_numpy()
     i = (
         int(np.nanargmax(np.where(level < 100, level, np.nan)))
@@ -75,7 +76,7 @@ def draw(store: str, root: str, out: Path, identity: dict[str, int]) -> list[Pat
         else int(np.nanargmin(level))
     )
     frame = (
-        tessbkg.list_ffis(root=root, **identity).set_index("ffi").loc[read_rows(group, "report")[i]["ffi"]]
+        tessbkg.list_ffis(root=root, **asdict(ccd)).set_index("ffi").loc[read_rows(group, "report")[i]["ffi"]]
     )
     figure = plot_reduction(
         tessbkg.read_ffi(str(frame["url"])).flux,

@@ -36,7 +36,7 @@ from tessbkg.dataset import (
 from tessbkg.errors import FFIReadError, StoreError
 from tessbkg.ffi import FFI, SCIENCE_END, FrameStatus, error_status, read_ffi_from
 from tessbkg.reduce import Plan
-from tessbkg.scene import MaskOptions, Scene, make_scene
+from tessbkg.scene import Mask, Scene, make_scene
 from tessbkg.stack import (
     OnError,
     bin_coordinates,
@@ -45,8 +45,8 @@ from tessbkg.stack import (
     pixel_coordinates,
     reference_wcs,
 )
-from tessbkg.storage import Options as StorageOptions
 from tessbkg.storage import FrozenOptions, check_options, filesystem, freeze, source_options, thaw
+from tessbkg.storage import Options as StorageOptions
 from tessbkg.store import (
     Group,
     check_fields,
@@ -225,7 +225,10 @@ class Report:
     def counts(self) -> dict[str, int]:
         """Frames by status."""
         statuses = self.frames["status"].value_counts().sort_index()
-        return {FrameStatus(int(status)).name.lower(): int(n) for status, n in statuses.items()}
+        return {
+            FrameStatus(int(status)).name.lower(): int(n)
+            for status, n in zip(statuses.index.to_numpy(), statuses, strict=True)
+        }
 
     @property
     def bad(self) -> pd.DataFrame:
@@ -318,7 +321,8 @@ def plan_build(
         "frames": len(table),
         "frames_digest": hashlib.sha256("\n".join(table["ffi"]).encode()).hexdigest()[:16],
     }
-    missing, steps = shards(len(table), shard_frames), ("survey", "scene", "template")
+    missing = shards(len(table), shard_frames)
+    steps: tuple[str, ...] = ("survey", "scene", "template")
     found = None if overwrite else read_fields(group)
     if found is not None:
         check_fields(group, found, fields)
@@ -456,7 +460,7 @@ def run_build(
 ) -> Report:
     """Do what a plan says; see :func:`build`."""
     began = time.perf_counter()
-    job, tell = plan.job, progress or (lambda step, done, total: None)
+    job, tell = plan.job, progress or (_silent)
     if not plan.missing and not plan.steps and marker(job.group, "complete"):
         return _report(plan, [], began)
     create_group(job.group, plan.fields, overwrite=overwrite)
@@ -474,11 +478,25 @@ def run_build(
         lambda finished: tell("reduce", done + finished, done + len(parts)),
     )
     report = _report(plan, parts, began)
-    write_rows(job.group, "report", report.frames.to_dict(orient="records"))
+    write_rows(
+        job.group,
+        "report",
+        _rows(report.frames),
+    )
     set_marker(job.group, "complete")
     for first, _ in shards(len(plan.frames), job.shard_frames):
         delete_group(job.group.child(_rows_of(first)))
     return report
+
+
+def _rows(frames: pd.DataFrame) -> list[dict[str, Any]]:
+    """Turn a table into rows for JSON."""
+    names = [str(name) for name in frames.columns]
+    return [dict(zip(names, row, strict=True)) for row in frames.astype(object).to_numpy()]
+
+
+def _silent(*_: object) -> None:
+    """Tell nobody about progress."""
 
 
 def _report(plan: BuildPlan, parts: list[tuple[int, int]], began: float) -> Report:
@@ -521,8 +539,8 @@ def _run(
     finished: Callable[[int], None] | None,
 ) -> list[Any]:
     """Run independent calls here or on a cluster; results in order. The first error ends all."""
-    count = finished or (lambda number: None)
     results: list[Any] = [None] * len(calls)
+    count = finished or _silent
     count(0)
     if client is None:
         for i, (function, arguments) in enumerate(calls):
@@ -622,8 +640,6 @@ def _fit_noise(job: Job, survey: pd.DataFrame) -> tuple[float, float] | None:
 
 def scene_to_dataset(scene: Scene) -> xr.Dataset:
     """Put a scene into variables."""
-    from tessbkg.scene import Mask  # noqa: PLC0415
-
     dims = ("row", "column")
     return xr.Dataset(
         {

@@ -130,7 +130,7 @@ def animate(
     Examples
     --------
     >>> import numpy as np, tempfile, xarray as xr
-    >>> light = xr.Dataset({"scattered_light": (("time", "y", "x"), np.ones((2, 4, 4), "f4"))}, {"time": [1.0, 2.0]})
+    >>> light = xr.Dataset({"scattered_light": (("time", "y", "x"), np.ones((2, 4, 4), "f4"))})
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     animate(light, f"{folder}/light.gif")
     """
@@ -156,7 +156,9 @@ def animate(
     figure = NewFigure(figsize=(6.4, 5.6), dpi=80, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    label = f"{ds[variable].attrs.get('long_name', variable)} ({ds[variable].attrs.get('units', '').replace('electron s-1', UNITS)})"
+    attrs = ds[variable].attrs
+    units = attrs.get("units", "1").replace("electron s-1", UNITS)
+    label = f"{attrs.get('long_name', variable)} ({units})"
     half = float(ds["x"][1] - ds["x"][0]) / 2 if "x" in ds.coords and ds.sizes["x"] > 1 else 0.5
     x, y = (ds[d].to_numpy() if d in ds.coords else np.arange(ds.sizes[d]) for d in ("x", "y"))
     _show(
@@ -171,7 +173,7 @@ def animate(
     def draw(i: int) -> tuple[Any, ...]:
         frame = ds.isel(time=chosen[i])
         image.set_data(cube[i])
-        parts = [f"TJD {float(frame['time']):.3f}"]
+        parts = [f"TJD {float(frame['time']):.3f}" if "time" in ds.coords else f"frame {chosen[i]}"]
         if "cadence" in ds.coords:
             parts.append(f"cadence {int(frame['cadence'])}")
         axes.set_title("  ".join(parts), fontsize=10)

@@ -78,8 +78,8 @@ def open_ffis(
     xarray.Dataset
         `flux`, `flux_err` : (time, y, x) float32, electron s-1, dask arrays of one frame a chunk;
         `frame_status` : (time,) uint8, as far as the headers tell; coordinates `time` (TJD at the
-        spacecraft, TDB), `btjd`, `barycorr`, `cadence`, `quality`, `ffi`, `url` on time; `y`, `x` (0-based science pixels), `row`, `column` (1-based FFI
-        pixels).
+        spacecraft, TDB), `btjd`, `barycorr`, `cadence`, `quality`, `ffi`, `url` on time; `y`, `x`
+        (0-based science pixels), `row`, `column` (1-based FFI pixels).
 
     Raises
     ------
@@ -140,7 +140,7 @@ def stack(survey: pd.DataFrame, ccd: CCD, options: Options, on_error: OnError) -
     readable = da.from_array((survey["rows"] > 0).to_numpy(), chunks=1, name=False)
 
     def lazy(what: str) -> da.Array:
-        return da.map_blocks(
+        array: da.Array = da.map_blocks(
             _read_block,
             urls[:, None, None],
             ends[:, None, None],
@@ -155,6 +155,7 @@ def stack(survey: pd.DataFrame, ccd: CCD, options: Options, on_error: OnError) -
             chunks=(urls.chunks[0], (shape[0],), (shape[1],)),
             name=f"ffi-{what}-" + tokenize(survey["url"].tolist(), dict(options), what, on_error),
         )
+        return array
 
     attrs: dict[str, Any] = {
         "title": f"TESS calibrated full frame images of {ccd}",

@@ -174,10 +174,9 @@ def read_error(key: str, error: BaseException, attempts: int = 1) -> FFIReadErro
         return FFIReadError(key, "access denied")
     if isinstance(error, IsADirectoryError):
         return FFIReadError(key, "is a folder")
-    if getattr(error, "status", None) in {403, 404}:
-        return (
-            FFIMissingError(key, "not found") if error.status == 404 else FFIReadError(key, "access denied")
-        )  # type: ignore[attr-defined]
+    status = getattr(error, "status", None)  # of aiohttp's answers
+    if status in {403, 404}:
+        return FFIMissingError(key, "not found") if status == 404 else FFIReadError(key, "access denied")
     tries = f" after {attempts} attempts" if attempts > 1 else ""
     return FFIReadError(key, f"{type(error).__name__}: {error}".split("\n")[0][:200] + tries)
 

@@ -250,7 +250,8 @@ def read_child(group: Group, name: str) -> xr.Dataset | None:
     with xr.open_zarr(
         group.store(read_only=True), group=child.path, consolidated=False, chunks=None
     ) as dataset:
-        return dataset.load()
+        loaded: xr.Dataset = dataset.load()
+        return loaded
 
 
 def table_to_dataset(table: pd.DataFrame) -> xr.Dataset:
@@ -309,7 +310,8 @@ def write_template(group: Group, template: xr.Dataset, shard_frames: int) -> Non
 
 def empty_variable(shape: tuple[int, ...], dtype: str, fill: float) -> da.Array:
     """Make a variable that a template declares and shards fill: one lazy chunk."""
-    return da.full(shape, fill, dtype=dtype, chunks=-1)
+    variable: da.Array = da.full(shape, fill, dtype=dtype, chunks=-1)
+    return variable
 
 
 def shards(n: int, shard_frames: int) -> list[tuple[int, int]]:
@@ -355,7 +357,12 @@ def write_shard(
             array = zarr.open_array(store, path=f"{group.path}/{name}", mode="r+")
             _check_region(array, first, last, block, name)
             if block.ndim > 1:  # zarr 3.1 cannot write over an object that was cut short
-                key = array.metadata.encode_chunk_key((first // array.shards[0], *(0,) * (block.ndim - 1)))
+                key = array.metadata.encode_chunk_key(
+                    (
+                        first // (last - first if array.shards is None else array.shards[0]),
+                        *(0,) * (block.ndim - 1),
+                    )
+                )
                 with contextlib.suppress(FileNotFoundError):
                     fs.rm_file(join(root, group.path, name, key))
             array[first:last] = block
@@ -367,7 +374,8 @@ def _check_region(array: Any, first: int, last: int, block: npt.NDArray[Any], na
     whole = first % frames == 0 and last == min(first + frames, array.shape[0])
     if not whole or block.shape != (last - first, *array.shape[1:]):
         raise ValueError(
-            f"{name}[{first}:{last}] of shape {block.shape} is not one whole shard of {frames} frames of {array.shape}"
+            f"{name}[{first}:{last}] of shape {block.shape} is not one whole shard "
+            f"of {frames} frames of {array.shape}"
         )
 
 
@@ -397,12 +405,17 @@ def groups(url: str, options: Options | None = None) -> list[CCD]:
         root = zarr.open_group(store, mode="r")
     except FileNotFoundError:
         raise StoreError(f"{url} is not a Zarr store") from None
+    paths = [
+        f"{sector}/{camera}/{ccd}"
+        for sector, s in root.groups()
+        for camera, c in s.groups()
+        for ccd in c.group_keys()
+    ]
     found = []
-    for sector, camera in ((s, c) for s in sorted(root.group_keys()) for c in sorted(root[s].group_keys())):
-        for ccd in sorted(root[f"{sector}/{camera}"].group_keys()):
-            with contextlib.suppress(ValueError):
-                found.append(CCD.from_group(f"{sector}/{camera}/{ccd}"))
-    return found
+    for path in paths:
+        with contextlib.suppress(ValueError):
+            found.append(CCD.from_group(path))
+    return sorted(found)
 
 
 def open_background(
@@ -462,13 +475,13 @@ def open_background(
         raise StoreError(f"{store} has no {CCD(sector, camera, ccd)}; it has {there}")
     if not attrs.get("complete"):
         warnings.warn(f"{group.name} is not finished: build it again to go on", stacklevel=2)
-    dataset = xr.open_zarr(
+    dataset: xr.Dataset = xr.open_zarr(
         group.store(read_only=True), group=group.path, consolidated=False, chunks=None, mask_and_scale=False
     )
     if chunks == "shards":
         chunks = {"time": json.loads(attrs["fields"])["shard_frames"], "y": -1, "x": -1}
     for variable in dataset.variables.values():
         variable.encoding = {}
-    if chunks is None:
-        return dataset
-    return dataset.assign({name: v.chunk(chunks) for name, v in dataset.items() if v.ndim == 3})
+    if chunks is not None:
+        dataset = dataset.assign({name: v.chunk(chunks) for name, v in dataset.items() if v.ndim == 3})
+    return dataset

@@ -6,6 +6,7 @@ file and a background level. That is 2.5 % of the bytes of a full pass.
 
 from __future__ import annotations
 
+import itertools
 import logging
 from typing import Any, Final
 
@@ -152,7 +153,7 @@ def _add_levels(
 def _block_medians(band: npt.NDArray[np.float32]) -> list[float]:
     edges = np.linspace(0, band.shape[1], BLOCKS + 1).astype(int)
     medians = []
-    for first, last in zip(edges[:-1], edges[1:], strict=True):
+    for first, last in itertools.pairwise(edges):
         block = band[:, first:last]
         block = block[np.isfinite(block)]
         medians.append(float(np.median(block)) if block.size else np.nan)
@@ -203,7 +204,7 @@ def finish_survey(parts: list[pd.DataFrame]) -> pd.DataFrame:
     good = survey["barycorr"].notna()
     survey["barycorr"] = np.interp(survey["time"], survey.loc[good, "time"], survey.loc[good, "barycorr"])
     index = np.round((survey["time"] - exposure / 2 - INDEX_EPOCH) / exposure)
-    survey["cadence"] = survey["cadence"].fillna(index).astype(np.int64)
+    survey["cadence"] = survey["cadence"].fillna(pd.Series(index)).astype(np.int64)
     survey["quality"] = survey["quality"].fillna(0).astype(np.int64)
     survey["exposure"] = survey["exposure"].fillna(exposure)
     for column in ("end", "rows", "columns", "first_row", "first_column"):
@@ -251,7 +252,7 @@ def reject(survey: pd.DataFrame, drop_quality: int) -> pd.DataFrame:
 
 
 def orbit_numbers(survey: pd.DataFrame) -> npt.NDArray[np.intp]:
-    """Number the orbits of the frames from 0, by pauses longer than ORBIT_GAP_DAYS."""
+    """Give every frame the number of its orbit, from 0, by pauses longer than ORBIT_GAP_DAYS."""
     return np.append([0], np.cumsum(np.diff(survey["time"]) > ORBIT_GAP_DAYS)).astype(np.intp)
 
 

@@ -213,7 +213,7 @@ def test_ranges_of_a_folder(hadro, public):
 
 
 def test_folder_over_plain_http(hadro, public):
-    web = fsspec.filesystem("http", skip_instance_cache=True)
+    web = fsspec.filesystem("http")
     url = f"{hadro.endpoint_url}/{public[5:]}"
     assert web.cat_file(url, start=1000, end=70_000) == DATA[1000:70_000]
     with pytest.raises(FileNotFoundError):
@@ -439,7 +439,7 @@ def test_fault_incomplete_body(hadro, public, proxy, fault):
     import aiohttp
 
     front = proxy(hadro, of_objects(fault))
-    web = fsspec.filesystem("http", skip_instance_cache=True)
+    web = fsspec.filesystem("http")
     for read in (
         lambda: once(front).cat_file(public, start=0, end=20_000),
         lambda: web.cat_file(f"{front.endpoint_url}/{public[5:]}", start=0, end=20_000),
