@@ -410,7 +410,8 @@ def info_command(*, store: str, store_endpoint_url: str | None) -> None:
         first, last = (float(ds["time"][i]) for i in (0, -1))
         finished = "" if ds.attrs.get("complete") else "  NOT FINISHED"
         click.echo(
-            f"{one.group}  {size}, bin {ds.attrs['bin']}, {ds.attrs['statistic']}, TJD {first:.3f} to {last:.3f}{finished}"
+            f"{one.group}  {size}, bin {ds.attrs['bin']}, {ds.attrs['statistic']}, "
+            f"TJD {first:.3f} to {last:.3f}{finished}"
         )
         click.echo(f"  {counts}")
 

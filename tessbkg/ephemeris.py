@@ -7,17 +7,18 @@ Sources of TESS's position (``source=``):
 
 ``"table"``
     Embedded: every hour from 2018-06-01 to 2026-01-31 (``data/make_ephemeris.py`` tells how it was made).
-    Interpolating it is good to 0.002 km (median). What it tabulates was reconstructed from tracking for
-    2018-06 .. 2019-11, 2022-12 .. 2023-01-15 and 2023-12 .. 2024-12-05, and predicted up to 14 months ahead
-    for the rest: there, tables made a year apart differ in the Earth's direction by 0.1 degrees (median), 1.4
-    at the worst perigee.
+    Interpolating costs 0.001 km (median; 20 km where trajectories were joined before they were tabulated).
+    What it tabulates was reconstructed from tracking for 2018-06 .. 2019-11, 2022-12 .. 2023-01-15 and
+    2023-12 .. 2024-12-05: there the Earth's direction is within 0.0005 degrees (median; 0.02 at most) of the
+    SPICE kernel of sector 4. The rest was predicted up to 14 months ahead: tables made a year apart differ by
+    0.06 .. 0.17 degrees (median), and by up to 1.4 degrees near perigee.
 ``"horizons"``
     JPL Horizons over https, one small request: the best that is known when it is asked.
 path of one or more SPICE kernels, ``*.bsp``
     Read with spiceypy (``pip install tessbkg[spice]``); MAST has them in
     archive.stsci.edu/missions/tess/models.
 path or URL of a TESSVectors file, ``*.csv``
-    For cross-checks: within 60 km.
+    For cross-checks: within 20 km, 0.005 degrees.
 """
 
 from __future__ import annotations
@@ -99,7 +100,7 @@ class Ephemeris:
         describes.
     bodies : str
         Earth, Moon and Sun: ``"builtin"`` (ERFA's epv00 and moon98, the builtin ephemeris of astropy; no
-        download; Moon within 7 arcsec and Sun within 0.01 arcsec of DE440), or any other ephemeris that
+        download; Moon within 11 arcsec and Sun within 0.02 arcsec of DE440), or any other ephemeris that
         `astropy.coordinates.solar_system_ephemeris` takes, such as ``"de440"`` or the path of a JPL kernel.
         Names of JPL ephemerides are downloaded by astropy (100 MB) when they are not in its cache.
     cache : str or path, optional
@@ -662,7 +663,7 @@ def moon_position(time: npt.ArrayLike, *, bodies: str = "builtin") -> Floats:
     time : array_like
         TJD, TDB. NaN gives NaN.
     bodies : str
-        Ephemeris, see `Ephemeris`. The builtin one is within 14 km of DE440.
+        Ephemeris, see `Ephemeris`. The builtin one is within 20 km of DE440.
 
     Returns
     -------

@@ -429,8 +429,8 @@ def open_background(
 ) -> xr.Dataset:
     """Open the scattered light of one CCD, lazily.
 
-    The same as ``xarray.open_zarr(store, group="s0001/cam1/ccd4", consolidated=False)``, with dask chunks that
-    are whole shards, and without the encoding that would make `to_zarr` of a changed copy fail.
+    The same as ``xarray.open_zarr(store, group="s0001/cam1/ccd4", consolidated=False)``, with dask chunks
+    that are whole shards, and without the encoding that would make `to_zarr` of a changed copy fail.
 
     Parameters
     ----------

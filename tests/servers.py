@@ -216,7 +216,7 @@ def open_filesystem(endpoint_url: str, *, anon: bool) -> s3fs.S3FileSystem:
 def close_filesystems(endpoint_url: str) -> None:
     """Close all file systems of a server that fsspec keeps, those of the code under test too, and drop them.
 
-    Each holds 17 MB and connections. s3fs closes them when they are collected, but gives up after 0.1 s, and
+    Each holds 13 MB and connections. s3fs closes them when they are collected, but gives up after 0.1 s, and
     the ResourceWarning then fails whatever test is running.
     """
     if (s3fs := sys.modules.get("s3fs")) is None:
