@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from tessbkg.ccd import CCD, Quality
     from tessbkg.dataset import Options, scattered_light
     from tessbkg.ffi import FrameStatus, read_ffi
+    from tessbkg.geometry import angles, boresight_angles
     from tessbkg.jobs import build, plan_build
     from tessbkg.scene import MaskOptions
     from tessbkg.stack import open_ffis
@@ -30,6 +31,8 @@ _MODULE_OF = {
     "MaskOptions": "scene",
     "Options": "dataset",
     "Quality": "ccd",
+    "angles": "geometry",
+    "boresight_angles": "geometry",
     "build": "jobs",
     "list_ffis": "catalog",
     "open_background": "store",
@@ -45,6 +48,8 @@ __all__ = [
     "MaskOptions",
     "Options",
     "Quality",
+    "angles",
+    "boresight_angles",
     "build",
     "list_ffis",
     "open_background",

@@ -133,6 +133,18 @@ def reduction_options(function: Any) -> Any:
         ),
         click.option("--frames", type=FrameSlice(), help="Only these frames, in order of time."),
         click.option(
+            "--ephemeris",
+            default="table",
+            show_default=True,
+            help="Where TESS was: table, horizons, a SPICE kernel or a TESSVectors file.",
+        ),
+        click.option(
+            "--angles/--no-angles",
+            default=True,
+            show_default=True,
+            help="Add the angles of Earth, Moon and Sun.",
+        ),
+        click.option(
             "--drop-quality",
             type=click.IntRange(0, 65535),
             help="Reject frames with any of these bits of DQUALITY. [default: 16447]",
@@ -253,6 +265,8 @@ def _plans(
     errors: str,
     dark_frames: int,
     drop_quality: int | None,
+    angles: bool,
+    ephemeris: str,
     **rest: Any,
 ) -> Iterator[Any]:
     """Plan every CCD asked for."""
@@ -260,7 +274,7 @@ def _plans(
     from tessbkg.dataset import Options  # noqa: PLC0415
 
     dropped = DROP_QUALITY if drop_quality is None else drop_quality
-    options = Options(bin_, statistic, errors, dark_frames, dropped)
+    options = Options(bin_, statistic, errors, dark_frames, dropped, angles, ephemeris)
     source = _storage(endpoint_url, anon)
     for one in sector:
         frames = tessbkg.list_ffis(

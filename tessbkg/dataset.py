@@ -22,6 +22,7 @@ from dask.base import tokenize
 from dask.delayed import delayed
 
 from tessbkg.ccd import CCD, DROP_QUALITY, FIRST_SCIENCE_COLUMN, LIVE_FRACTION, SCIENCE_SHAPE
+from tessbkg.errors import TessbkgError
 from tessbkg.ffi import FrameStatus
 from tessbkg.reduce import STATISTICS, Plan, plan_reduction, reduce_frame
 from tessbkg.scene import Mask, MaskOptions, Scene, fit_noise, make_scene
@@ -58,6 +59,10 @@ class Options:
         Frames that the scene is made of.
     drop_quality : int
         Frames with any of these bits of DQUALITY are rejected.
+    angles : bool
+        Add the angles of Earth, Moon and Sun.
+    ephemeris : str
+        Where TESS was: `table`, `horizons`, a SPICE kernel or a TESSVectors file (:mod:`tessbkg.ephemeris`).
     mask : MaskOptions
     """
 
@@ -66,6 +71,8 @@ class Options:
     errors: str = "model"
     dark_frames: int = 16
     drop_quality: int = DROP_QUALITY
+    angles: bool = True
+    ephemeris: str = "table"
     mask: MaskOptions = field(default_factory=MaskOptions)
 
     def __post_init__(self) -> None:
@@ -132,6 +139,8 @@ def scattered_light(
     errors: Errors = "model",
     dark_frames: int = 16,
     drop_quality: int = DROP_QUALITY,
+    angles: bool = True,
+    ephemeris: str = "table",
     mask: MaskOptions | None = None,
     scene: Scene | None = None,
 ) -> xr.Dataset:
@@ -144,7 +153,7 @@ def scattered_light(
     ----------
     ffis : xarray.Dataset
         From :func:`tessbkg.open_ffis`, or a selection of it; `flux` may also be your own array.
-    bin, statistic, errors, dark_frames, drop_quality, mask
+    bin, statistic, errors, dark_frames, drop_quality, angles, ephemeris, mask
         As in :class:`Options`.
     scene : Scene, optional
         Static sky made elsewhere, of the same pixels.
@@ -153,7 +162,8 @@ def scattered_light(
     -------
     xarray.Dataset
         `scattered_light`, `scattered_light_err` : (time, y, x) float32, electron s-1, lazy;
-        `n_pixels` and `filled` : (y, x); `frame_status` : (time,), lazy; coordinates as in a store.
+        `n_pixels` and `filled` : (y, x); `frame_status` : (time,), lazy; coordinates and angles as in a
+        store.
 
     Raises
     ------
@@ -171,7 +181,9 @@ def scattered_light(
     """
     if "flux" not in ffis or ffis["flux"].dims != ("time", "y", "x"):
         raise ValueError("ffis has no variable flux(time, y, x): open FFIs with tessbkg.open_ffis")
-    options = Options(bin, statistic, errors, dark_frames, drop_quality, mask or MaskOptions())
+    options = Options(
+        bin, statistic, errors, dark_frames, drop_quality, angles, ephemeris, mask or MaskOptions()
+    )
     survey = reject(_survey_of(ffis), drop_quality)
     if scene is None:
         scene = _scene_of(ffis, survey, options)
@@ -199,7 +211,7 @@ def scattered_light(
     coordinates = {
         name: coordinate.variable for name, coordinate in ffis.coords.items() if coordinate.dims == ("time",)
     }
-    return describe(
+    described = describe(
         xr.Dataset(
             {
                 "scattered_light": (("time", "y", "x"), both[0]),
@@ -219,6 +231,7 @@ def scattered_light(
         options,
         scene.dark_frames,
     )
+    return add_sky(described, options) if "sector" in ffis.attrs else described
 
 
 def _reduce_block(
@@ -353,6 +366,44 @@ def static_variables(plan: Plan) -> dict[str, xr.Variable]:
             },
         ),
     }
+
+
+def add_sky(ds: xr.Dataset, options: Options, *, maps: bool = True) -> xr.Dataset:
+    """Add the angles of Earth, Moon and Sun to light, or say in the attribute `angles` why there are none.
+
+    Parameters
+    ----------
+    ds : xarray.Dataset
+        With `time`, `row`, `column`, and the attributes `sector`, `camera`, `ccd`, `wcs`.
+    options : Options
+    maps : bool
+        Add the maps on (time, y, x) too, lazily.
+    """
+    from tessbkg import geometry  # noqa: PLC0415 (astropy is slow to import)
+
+    if not options.angles:
+        return ds.assign_attrs(angles="none: not asked for")
+    try:
+        if maps:
+            sky = geometry.angles(ds, ephemeris=options.ephemeris)
+        else:
+            sky = ds.merge(
+                geometry.geometry(
+                    ds["time"].to_numpy(),
+                    wcs=ds.attrs["wcs"] or None,
+                    row=ds["row"].to_numpy(),
+                    column=ds["column"].to_numpy(),
+                    **{name: ds.attrs[name] for name in ("sector", "camera", "ccd")},
+                    ephemeris=options.ephemeris,
+                ),
+                combine_attrs="no_conflicts",
+            )
+    except (TessbkgError, ValueError) as error:
+        logger.warning("no angles: %s", error)
+        return ds.assign_attrs(angles=f"none: {error}")
+    # JSON knows no NaN: what could not be measured is left out.
+    sky.attrs = {k: v for k, v in sky.attrs.items() if not isinstance(v, float) or np.isfinite(v)}
+    return sky.assign_attrs(angles="Earth, Moon and Sun")
 
 
 def describe(ds: xr.Dataset, options: Options, dark_frames: tuple[str, ...]) -> xr.Dataset:

@@ -185,9 +185,10 @@ def read_cards(data: bytes, start: int, key: str) -> tuple[dict[str, Card], int]
     FFIFormatError
         If the bytes are no FITS header.
     """
+    if len(data) - start < CARD:
+        raise IndexError(key)
     if data[start : start + 9] not in {b"SIMPLE  =", b"XTENSION="}:
-        what = "empty" if len(data) <= start else "no FITS header"
-        raise FFIFormatError(key, f"{what} at byte {start}")
+        raise FFIFormatError(key, f"no FITS header at byte {start}")
     cards: dict[str, Card] = {}
     for position in range(start, len(data) - CARD + 1, CARD):
         keyword = data[position : position + 8]
@@ -242,8 +243,6 @@ def parse_header(data: bytes, key: str) -> FFIHeader:
         If this is no calibrated FFI; the reason names the keyword.
     """
     primary, end = read_cards(data, 0, key)
-    if len(data) <= end:
-        raise IndexError(key)
     cards, offset = read_cards(data, end, key)
     shape = _image_shape(cards, key)
 
@@ -310,13 +309,12 @@ def header_of(fs: Any, path: str, data: bytes) -> tuple[FFIHeader, bytes]:
         return parse_header(data, path), data
     except IndexError:
         more = read_range(fs, path, len(data), 2 * MAX_HEADER_BYTES)
-    if not more:
-        raise FFIReadError(path, f"truncated: ends in its header at byte {len(data)}")
     data += more
     try:
         return parse_header(data, path), data
     except IndexError:
-        raise FFIReadError(path, f"truncated: ends in its header at byte {len(data)}") from None
+        reason = f"truncated: ends in its header at byte {len(data)}" if data else "the file is empty"
+        raise FFIReadError(path, reason) from None
 
 
 def decode(data: bytes, header: FFIHeader, rows: tuple[int, int], start: int) -> npt.NDArray[np.float32]:
@@ -341,10 +339,23 @@ def decode(data: bytes, header: FFIHeader, rows: tuple[int, int], start: int) ->
     return np.ascontiguousarray(block[:, header.science[2] : header.science[3]], dtype=np.float32)
 
 
-def _read_on(fs: Any, path: str, data: bytes, start: int, size: int) -> bytes:
-    """Make `data`, which begins at byte `start`, `size` bytes long, with another GET if need be."""
-    if len(data) < size:
-        data += read_range(fs, path, start + len(data), start + size)
+def _extend(fs: Any, path: str, data: bytes, start: int, size: int) -> bytes:
+    """Read on, once, where `data`, which begins at byte `start`, is shorter than `size`.
+
+    More was promised by a header than was asked for, or a server sent less than was asked for.
+    """
+    return data if len(data) >= size else data + read_range(fs, path, start + len(data), start + size)
+
+
+def read_on(fs: Any, path: str, data: bytes, start: int, size: int) -> bytes:
+    """Make `data`, which begins at byte `start`, `size` bytes long, with another GET if need be.
+
+    Raises
+    ------
+    FFIReadError
+        If the file ends before that.
+    """
+    data = _extend(fs, path, data, start, size)
     if len(data) < size:
         raise FFIReadError(path, f"truncated: {start + len(data)} bytes where {start + size} are promised")
     return data
@@ -368,7 +379,7 @@ def read_ffi_from(
     """
     header, data = header_of(fs, path, read_range(fs, path, 0, end))
     check_identity(header, ccd, path)
-    data = _read_on(fs, path, data, 0, header.flux_end)
+    data = read_on(fs, path, data, 0, header.flux_end)
     flux = decode(data, header, header.science[:2], 0)
     if not errors:
         return FFI(header, flux, None, len(data))
@@ -386,8 +397,8 @@ def read_errors_from(fs: Any, path: str, *, ccd: CCD | None = None) -> npt.NDArr
 def _errors(fs: Any, path: str, header: FFIHeader) -> tuple[npt.NDArray[np.float32], int]:
     """Read the uncertainty image, which has a header and, in trimmed files, a shape of its own."""
     start = header.image_end
-    rows_bytes = header.science[1] * header.shape[1] * 4
-    data = read_range(fs, path, start, start + header.offset + rows_bytes)
+    size = header.offset + header.science[1] * header.shape[1] * 4
+    data = _extend(fs, path, read_range(fs, path, start, start + size), start, size)
     try:
         cards, offset = read_cards(data, 0, path)
     except IndexError:
@@ -395,7 +406,7 @@ def _errors(fs: Any, path: str, header: FFIHeader) -> tuple[npt.NDArray[np.float
     shape = _image_shape(cards, path)
     row0, row1, column0, column1 = header.science
     rows, columns = min(row1, shape[0]) - row0, min(column1, shape[1]) - column0
-    data = _read_on(fs, path, data, start, offset + (row0 + rows) * shape[1] * 4)
+    data = read_on(fs, path, data, start, offset + (row0 + rows) * shape[1] * 4)
     error = np.full(header.science_shape, np.nan, dtype=np.float32)
     block = np.frombuffer(data, ">f4", rows * shape[1], offset + row0 * shape[1] * 4).reshape(rows, -1)
     error[:rows, :columns] = block[:, column0 : column0 + columns]
@@ -432,9 +443,9 @@ def read_ffi(url: str, *, errors: bool = False, storage_options: Options | None 
     Examples
     --------
     >>> import tessbkg.simulate
-    >>> truth = tessbkg.simulate.simulate("memory://docs", frames=1, shape=(128, 128))
-    >>> url = "memory://docs/" + str(truth["key"].values[0])
-    >>> read_ffi(url).flux.shape
+    >>> _ = tessbkg.simulate.simulate("memory://docs", frames=1, shape=(128, 128))
+    >>> frames = tessbkg.list_ffis(sector=1, camera=1, ccd=4, root="memory://docs")
+    >>> read_ffi(frames["url"][0]).flux.shape
     (128, 128)
     """
     fs, path = filesystem(url, source_options(url, storage_options))

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 import xarray as xr
 
@@ -25,6 +26,7 @@ from tessbkg.ccd import CCD, FIRST_SCIENCE_COLUMN, SCIENCE_SHAPE
 from tessbkg.dataset import (
     SHARD_FRAMES,
     Options,
+    add_sky,
     choose_noise_frames,
     describe,
     expected_noise,
@@ -35,6 +37,7 @@ from tessbkg.dataset import (
 )
 from tessbkg.errors import FFIReadError, StoreError
 from tessbkg.ffi import FFI, SCIENCE_END, FrameStatus, error_status, read_ffi_from
+from tessbkg.geometry import ATTRS, angle_maps
 from tessbkg.reduce import Plan
 from tessbkg.scene import Mask, Scene, make_scene
 from tessbkg.stack import (
@@ -55,6 +58,7 @@ from tessbkg.store import (
     delete_group,
     empty_variable,
     marker,
+    read_array,
     read_child,
     read_fields,
     read_rows,
@@ -83,6 +87,9 @@ SURVEY_FRAMES: Final = 256
 
 RETRIES: Final = 2
 """Times that a cluster tries a task again whose worker died or whose store failed."""
+
+MAPS: Final = ("earth_angle", "earth_azimuth", "moon_angle", "moon_azimuth")
+"""Variables on (time, y, x) beside the light."""
 
 FILE_BYTES: Final = 35_547_840
 """Size of an FFI with headers of the usual length."""
@@ -212,6 +219,8 @@ class Report:
         Shards that this run wrote; 0 when everything was there.
     nbytes : int
         Bytes that this run read in its second pass.
+    notes : tuple of str
+        What else a user should know, such as why there are no angles.
     """
 
     ccd: CCD
@@ -220,6 +229,7 @@ class Report:
     seconds: float
     shards_done: int
     nbytes: int
+    notes: tuple[str, ...] = ()
 
     @property
     def counts(self) -> dict[str, int]:
@@ -248,6 +258,7 @@ class Report:
             lines.append(f"{self.seconds:.1f} s, {self.nbytes / 1e6:,.0f} MB read, {rate:,.0f} MB/s")
         else:
             lines.append("everything was there already: no pixel was read")
+        lines += [f"note: {note}" for note in self.notes]
         lines.append(f"store: {self.store}")
         return "\n".join(lines)
 
@@ -518,6 +529,15 @@ def _report(plan: BuildPlan, parts: list[tuple[int, int]], began: float) -> Repo
         time.perf_counter() - began,
         len(parts),
         int(new["nbytes"].sum()) if parts else 0,
+        _notes(group),
+    )
+
+
+def _notes(group: Group) -> tuple[str, ...]:
+    """Read from the attributes of a group what a user should know."""
+    angles = str(marker(group, "angles") or "")
+    return (
+        (f"the store has no angles ({angles.removeprefix('none: ')})",) if angles.startswith("none") else ()
     )
 
 
@@ -717,7 +737,12 @@ def make_template(job: Job, survey: pd.DataFrame) -> xr.Dataset:
             "wcs": reference_wcs(survey, thaw(job.source)),
         },
     )
-    return describe(template, job.options, scene.dark_frames)
+    template = add_sky(describe(template, job.options, scene.dark_frames), job.options, maps=False)
+    if "earth_direction" in template:
+        template["xyz"] = template["xyz"].astype(object)  # Zarr v3 has no type for text of fixed length
+        for name in MAPS:
+            template[name] = (("time", "y", "x"), empty, ATTRS[name])
+    return template
 
 
 # --- shards ----------------------------------------------------------------------------------------------
@@ -739,14 +764,21 @@ def reduce_shard(job: Job, first: int, last: int) -> None:
     both, rows = reduce_frames(job, part, plan)
     write_rows(job.group, _rows_of(first), rows)
     status = np.array([row["status"] for row in rows], dtype=np.uint8)
-    write_shard(
-        job.group,
-        first,
-        last,
-        {"scattered_light": both[0], "scattered_light_err": both[1]},
-        status,
-    )
+    variables = {"scattered_light": both[0], "scattered_light_err": both[1], **_maps(job, first, last)}
+    write_shard(job.group, first, last, variables, status)
     logger.info("%s: frames %d to %d written", job.group.name, first, last - 1)
+
+
+def _maps(job: Job, first: int, last: int) -> dict[str, npt.NDArray[np.float32]]:
+    """Angle maps of the frames of one shard, from the directions that the template holds."""
+    maps: dict[str, npt.NDArray[np.float32]] = {}
+    pixel = read_array(job.group, "pixel_direction")
+    for body in ("earth", "moon"):
+        direction = read_array(job.group, f"{body}_direction", slice(first, last))
+        if pixel is None or direction is None:
+            return {}
+        maps[f"{body}_angle"], maps[f"{body}_azimuth"] = angle_maps(direction, pixel)
+    return maps
 
 
 def reduce_frames(

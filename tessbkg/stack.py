@@ -137,7 +137,7 @@ def stack(survey: pd.DataFrame, ccd: CCD, options: Options, on_error: OnError) -
     shape = (int(common["rows"].iloc[0]), int(common["columns"].iloc[0]))
     urls = da.from_array(survey["url"].to_numpy(dtype=object), chunks=1, name=False)
     ends = da.from_array(survey["end"].to_numpy(), chunks=1, name=False)
-    readable = da.from_array((survey["rows"] > 0).to_numpy(), chunks=1, name=False)
+    readable = da.from_array((survey["status"] == FrameStatus.GOOD).to_numpy(), chunks=1, name=False)
 
     def lazy(what: str) -> da.Array:
         array: da.Array = da.map_blocks(
@@ -184,14 +184,23 @@ def stack(survey: pd.DataFrame, ccd: CCD, options: Options, on_error: OnError) -
 
 
 def reference_wcs(survey: pd.DataFrame, options: Options) -> str:
-    """Flux header of the frame with the median WCS, as text; empty when no frame has a WCS."""
+    """Flux header of a frame with the median WCS, as text; empty when no frame has a WCS.
+
+    Of a few such frames the first is taken whose WCS has the shape of the camera; the first of all if
+    none has.
+    """
+    from tessbkg.geometry import MAX_MISFIT, camera_frame  # noqa: PLC0415 (astropy is slow to import)
+
+    headers = []
     for url in wcs_frames(survey):
         fs, path = filesystem(url, source_options(url, options))
         try:
-            return read_header_text(fs, path)
-        except FFIReadError as error:
-            logger.warning("no WCS from %s", error)
-    return ""
+            headers.append(read_header_text(fs, path))
+            if camera_frame(headers[-1])[1] <= MAX_MISFIT:
+                return headers[-1]
+        except (FFIReadError, ValueError) as error:
+            logger.warning("no WCS from %s: %s", url, error)
+    return headers[0] if headers else ""
 
 
 def _read_block(

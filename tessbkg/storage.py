@@ -6,6 +6,8 @@ this is where a transient fault is healed and where a final one gets its type.
 
 from __future__ import annotations
 
+import errno
+import itertools
 import logging
 import random
 import time
@@ -29,6 +31,17 @@ ATTEMPTS: Final = 6
 
 BACKOFF_SECONDS: Final = 0.2
 """Longest wait before the second try; it doubles with every further one, with full jitter."""
+
+MAX_WAIT_SECONDS: Final = 20.0
+"""Longest wait that a server can ask for with Retry-After."""
+
+PATIENCE_SECONDS: Final = 150.0
+"""No further try of one read begins after this time. The last one may take as long as the timeouts of its
+client: 60 s without a byte on S3."""
+
+ONE_TRY: Final[Options] = {"max_attempts": 0}
+"""Setting of botocore for sources. Its retries and those of s3fs multiply with ours: 750 requests for one
+object that answers 503."""
 
 SECRETS: Final = frozenset(
     {"key", "secret", "token", "password", "username", "account_key", "sas_token", "connection_string"}
@@ -90,9 +103,12 @@ def thaw(options: FrozenOptions) -> dict[str, Any]:
 
 
 def source_options(url: str, options: Options | None) -> dict[str, Any]:
-    """Options for reading `url`: anonymous on S3 unless `options` says otherwise."""
-    defaults = PUBLIC_S3 if url.startswith(("s3://", "s3a://")) else {}
-    return {**defaults, **check_options(options)}
+    """Options for reading `url`: anonymous on S3 unless `options` says otherwise, retries being ours."""
+    given = check_options(options)
+    if not url.startswith(("s3://", "s3a://")):
+        return given
+    config = {"retries": dict(ONE_TRY), **given.get("config_kwargs", {})}
+    return {**PUBLIC_S3, **given, "config_kwargs": config}
 
 
 def filesystem(url: str, options: Options | None = None) -> tuple[Any, str]:
@@ -116,6 +132,8 @@ def filesystem(url: str, options: Options | None = None) -> tuple[Any, str]:
         fs, path = url_to_fs(url, **options)
     except (ImportError, ValueError) as error:
         raise ValueError(f"cannot open {url!r}: {error}") from error
+    if options.get("config_kwargs", {}).get("retries") == ONE_TRY:
+        fs.retries = 1  # s3fs has no option for it
     return fs, path
 
 
@@ -124,25 +142,67 @@ def join(root: str, *parts: str) -> str:
     return "/".join([root.rstrip("/"), *(part.strip("/") for part in parts)])
 
 
+_FINAL_ERRNOS: Final = frozenset(
+    {errno.EINVAL, errno.EPERM, errno.ENOSYS, errno.ENAMETOOLONG, errno.ELOOP}
+    | {getattr(errno, "EREMCHG", errno.ENOENT)}
+)
+"""What s3fs makes of S3 error codes that come again at every try, such as InvalidRequest."""
+
+
 def is_transient(error: BaseException) -> bool:
     """Whether trying again may help: anything but absence, refusal and nonsense.
 
-    403 and 404 are final. Timeouts, resets, 5xx and throttling (s3fs raises them as `OSError` of many
-    kinds, aiohttp as `ClientError`) are not.
+    s3fs raises 403 and 404 as `PermissionError` and `FileNotFoundError`, other answers as `OSError` with an
+    errno (EBUSY for 503, EREMOTEIO for 500), a stall as botocore's `ReadTimeoutError` before and
+    fsspec's `FSTimeoutError` within the body, a lost connection as botocore's `HTTPClientError` before and
+    aiohttp's `ClientPayloadError` within it. fsspec over HTTP raises aiohttp's errors.
     """
-    if isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError | NotADirectoryError):
+    if isinstance(
+        error, FileNotFoundError | PermissionError | IsADirectoryError | NotADirectoryError | ValueError
+    ):
         return False
     status = getattr(error, "status", None)
     if isinstance(status, int) and 400 <= status < 500:
         return status in {408, 429}
-    if isinstance(error, OSError | TimeoutError | EOFError):
+    if isinstance(error, OSError):
+        return error.errno not in _FINAL_ERRNOS
+    if isinstance(error, EOFError):
         return True
-    family = {f"{kind.__module__.split('.')[0]}" for kind in type(error).__mro__}
-    return bool(family & {"aiohttp", "botocore", "aiobotocore", "http", "urllib3"})
+    kinds = {(kind.__module__.split(".")[0], kind.__name__) for kind in type(error).__mro__}
+    lost = {("aiohttp", "ClientError"), ("botocore", "HTTPClientError"), ("botocore", "ConnectionError")}
+    return bool(kinds & (lost | {("botocore", "ResponseParserError")}))
+
+
+def _error_code(error: BaseException) -> str:
+    """S3 error code or HTTP status behind an error; empty when there is none."""
+    response = getattr(error.__cause__, "response", None)
+    if isinstance(response, Mapping):
+        return str(response.get("Error", {}).get("Code", ""))
+    return str(getattr(error, "status", ""))
+
+
+def is_past_end(error: BaseException) -> bool:
+    """Whether a range was refused because the object ends before it."""
+    return _error_code(error) in {"InvalidRange", "416"}
+
+
+def pause(error: BaseException, attempt: int) -> float:
+    """Seconds to wait after failed try number `attempt` (from 0): as told by Retry-After, else at random."""
+    headers = getattr(error, "headers", None)  # of aiohttp
+    response = getattr(error.__cause__, "response", None)  # of botocore
+    if isinstance(response, Mapping):
+        headers = response.get("ResponseMetadata", {}).get("HTTPHeaders")
+    asked = str(headers.get("retry-after", "")) if headers else ""
+    backoff = random.uniform(0, BACKOFF_SECONDS * 2**attempt)  # noqa: S311 (jitter)
+    return max(backoff, min(float(asked), MAX_WAIT_SECONDS)) if asked.isdecimal() else backoff
 
 
 def retry(
-    call: Callable[[], T], key: str, *, attempts: int = ATTEMPTS, sleep: Callable[[float], None] = time.sleep
+    call: Callable[[], T],
+    key: str,
+    *,
+    sleep: Callable[[float], None] = time.sleep,
+    clock: Callable[[], float] = time.monotonic,
 ) -> T:
     """Call until it succeeds, waiting longer each time; type the error that stays.
 
@@ -153,14 +213,17 @@ def retry(
     FFIReadError
         If it is refused, or faults outlast all attempts.
     """
-    for attempt in range(attempts):
+    began = clock()
+    for attempt in itertools.count():
         try:
             return call()
         except Exception as error:
-            if not is_transient(error) or attempt == attempts - 1:
+            late = attempt == ATTEMPTS - 1 or clock() - began > PATIENCE_SECONDS
+            if late or not is_transient(error):
                 raise read_error(key, error, attempt + 1) from error
             logger.debug("%s: %s, trying again", key, type(error).__name__)
-        sleep(random.uniform(0, BACKOFF_SECONDS * 2**attempt))  # noqa: S311 (jitter)
+            wait = pause(error, attempt)
+        sleep(wait)
     raise AssertionError  # pragma: no cover
 
 
@@ -174,9 +237,8 @@ def read_error(key: str, error: BaseException, attempts: int = 1) -> FFIReadErro
         return FFIReadError(key, "access denied")
     if isinstance(error, IsADirectoryError):
         return FFIReadError(key, "is a folder")
-    status = getattr(error, "status", None)  # of aiohttp's answers
-    if status in {403, 404}:
-        return FFIMissingError(key, "not found") if status == 404 else FFIReadError(key, "access denied")
+    if _error_code(error) in {"401", "403"}:
+        return FFIReadError(key, "access denied")
     tries = f" after {attempts} attempts" if attempts > 1 else ""
     return FFIReadError(key, f"{type(error).__name__}: {error}".split("\n")[0][:200] + tries)
 
@@ -184,7 +246,7 @@ def read_error(key: str, error: BaseException, attempts: int = 1) -> FFIReadErro
 def read_range(fs: Any, path: str, start: int, end: int) -> bytes:
     """Read bytes `start` to `end` (exclusive) of an object with one GET, retrying transient faults.
 
-    Fewer bytes come back where the object ends before `end`.
+    Fewer bytes come back where the object ends before `end`, none where it ends before `start`.
 
     Raises
     ------
@@ -193,10 +255,20 @@ def read_range(fs: Any, path: str, start: int, end: int) -> bytes:
     """
 
     def call() -> bytes:
-        data: bytes = fs.cat_file(path, start=start, end=end)
-        return data
+        try:
+            data = bytes(fs.cat_file(path, start=start, end=end))
+        except Exception as error:
+            if is_past_end(error):
+                return b""
+            raise
+        return _cut(data, start, end)
 
     return retry(call, path)
+
+
+def _cut(data: bytes, start: int, end: int) -> bytes:
+    """Take a range out of an answer that is too long: some web servers send the whole file."""
+    return data if len(data) <= end - start else data[start:end]
 
 
 def read_ranges(
@@ -213,24 +285,25 @@ def read_ranges(
     """
     results: list[bytes | FFIReadError] = [b""] * len(requests)
     waiting = list(range(len(requests)))
-    for attempt in range(ATTEMPTS):
-        paths, starts, ends = zip(*(requests[i] for i in waiting), strict=True) if waiting else ((), (), ())
+    began = time.monotonic()
+    for attempt in itertools.count():
         if not waiting:
             break
-        answers = fs.cat_ranges(
-            list(paths), list(starts), list(ends), batch_size=concurrency, on_error="return"
-        )
-        again = []
+        paths, starts, ends = (list(column) for column in zip(*(requests[i] for i in waiting), strict=True))
+        answers = fs.cat_ranges(paths, starts, ends, batch_size=concurrency, on_error="return")
+        late = attempt == ATTEMPTS - 1 or time.monotonic() - began > PATIENCE_SECONDS
+        again: dict[int, float] = {}
         for i, answer in zip(waiting, answers, strict=True):
             if not isinstance(answer, BaseException):
-                results[i] = bytes(answer)
-            elif is_transient(answer) and attempt < ATTEMPTS - 1:
-                again.append(i)
-            else:
+                results[i] = _cut(bytes(answer), *requests[i][1:])
+            elif is_past_end(answer):
+                results[i] = b""
+            elif late or not is_transient(answer):
                 results[i] = read_error(requests[i][0], answer, attempt + 1)
-        waiting = again
-        if waiting:
-            time.sleep(random.uniform(0, BACKOFF_SECONDS * 2**attempt))  # noqa: S311 (jitter)
+            else:
+                again[i] = pause(answer, attempt)
+        waiting = list(again)
+        time.sleep(max(again.values(), default=0.0))
     return results
 
 

@@ -314,6 +314,15 @@ def empty_variable(shape: tuple[int, ...], dtype: str, fill: float) -> da.Array:
     return variable
 
 
+def read_array(group: Group, name: str, region: slice = slice(None)) -> npt.NDArray[Any] | None:
+    """Read an array of a group, or a region of it along its first axis; None if it is not there."""
+    try:
+        array = zarr.open_array(group.store(read_only=True), path=f"{group.path}/{name}", mode="r")
+    except FileNotFoundError:
+        return None
+    return np.asarray(array[region])
+
+
 def shards(n: int, shard_frames: int) -> list[tuple[int, int]]:
     """First and last (exclusive) frame of every shard of `n` frames."""
     return [(first, min(first + shard_frames, n)) for first in range(0, n, shard_frames)]
@@ -483,5 +492,6 @@ def open_background(
     for variable in dataset.variables.values():
         variable.encoding = {}
     if chunks is not None:
-        dataset = dataset.assign({name: v.chunk(chunks) for name, v in dataset.items() if v.ndim == 3})
+        cubes = {name: v for name, v in dataset.items() if v.dims == ("time", "y", "x")}
+        dataset = dataset.assign({name: cube.chunk(chunks) for name, cube in cubes.items()})
     return dataset

@@ -24,6 +24,7 @@ from tessbkg.ffi import (
     decode,
     error_status,
     header_of,
+    read_on,
 )
 from tessbkg.storage import Options, filesystem, read_ranges, source_options
 
@@ -83,8 +84,6 @@ def _survey_batch(fs: Any, frames: pd.DataFrame, *, bands: bool) -> list[dict[st
         try:
             if isinstance(answer, FFIReadError):
                 raise answer
-            if not answer:
-                raise FFIReadError(path, "truncated: the file is empty")
             header, _ = header_of(fs, path, answer)
             check_identity(header, ccd, path)
         except FFIReadError as error:
@@ -138,13 +137,12 @@ def _add_levels(
         try:
             if isinstance(answer, FFIReadError):
                 raise answer
-            if len(answer) < request[2] - request[1]:
-                raise FFIReadError(paths[i], f"truncated: ends before byte {request[2]}")
+            data = read_on(fs, paths[i], answer, request[1], request[2] - request[1])
         except FFIReadError as error:
             rows[i].update(status=int(error_status(error)), reason=error.reason)
             levels.setdefault(i, []).extend([np.nan] * BLOCKS)
             continue
-        band = decode(answer, header, (first, last), request[1])
+        band = decode(data, header, (first, last), request[1])
         levels.setdefault(i, []).extend(_block_medians(band))
     for i, values in levels.items():
         rows[i].update(zip(LEVELS, values, strict=True))

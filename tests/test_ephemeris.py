@@ -139,7 +139,7 @@ def test_nothing_is_asked_of_the_network(offline):
 
 def test_importing_is_light():
     code = (
-        "import sys, tessbkg.angles;"
+        "import sys, tessbkg.geometry;"
         "heavy = {'astropy', 'erfa', 'xarray', 'dask', 'scipy', 'pandas', 'fsspec'};"
         "print(sorted(heavy & set(sys.modules)))"
     )

@@ -11,7 +11,7 @@ import xarray as xr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tessbkg.angles import (
+from tessbkg.geometry import (
     ATTRS,
     MAP_BITS,
     angle_maps,
@@ -564,7 +564,7 @@ def test_light_of_a_full_and_a_new_earth():
     vector = np.array(
         [[-2e5, 0.0, 0.0], [2e5, 0.0, 0.0], [0.0, 2e5, 0.0]]
     )  # Earth away from the Sun, towards, aside
-    light = importlib.import_module("tessbkg.angles")._light("earth", vector, sun)
+    light = importlib.import_module("tessbkg.geometry")._light("earth", vector, sun)
     ratio = 0.37 * (6378.137 / 2e5) ** 2
     np.testing.assert_allclose(light["earth_irradiance"] / ratio, [1, 0, 1 / np.pi], rtol=3e-3, atol=1e-9)
     np.testing.assert_allclose(light["earth_phase_angle"], [0, 180, 90], atol=0.1)
