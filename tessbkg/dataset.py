@@ -387,17 +387,15 @@ def add_sky(ds: xr.Dataset, options: Options, *, maps: bool = True) -> xr.Datase
         if maps:
             sky = geometry.angles(ds, ephemeris=options.ephemeris)
         else:
-            sky = ds.merge(
-                geometry.geometry(
-                    ds["time"].to_numpy(),
-                    wcs=ds.attrs["wcs"] or None,
-                    row=ds["row"].to_numpy(),
-                    column=ds["column"].to_numpy(),
-                    **{name: ds.attrs[name] for name in ("sector", "camera", "ccd")},
-                    ephemeris=options.ephemeris,
-                ),
-                combine_attrs="no_conflicts",
+            about = geometry.geometry(
+                ds["time"].to_numpy(),
+                wcs=ds.attrs["wcs"] or None,
+                row=ds["row"].to_numpy(),
+                column=ds["column"].to_numpy(),
+                **{name: ds.attrs[name] for name in ("sector", "camera", "ccd")},
+                ephemeris=options.ephemeris,
             )
+            sky = ds.merge(about.drop_vars("time"), combine_attrs="override").assign_attrs(about.attrs)
     except (TessbkgError, ValueError) as error:
         logger.warning("no angles: %s", error)
         return ds.assign_attrs(angles=f"none: {error}")

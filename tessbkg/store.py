@@ -485,7 +485,7 @@ def open_background(
     if not attrs.get("complete"):
         warnings.warn(f"{group.name} is not finished: build it again to go on", stacklevel=2)
     dataset: xr.Dataset = xr.open_zarr(
-        group.store(read_only=True), group=group.path, consolidated=False, chunks=None, mask_and_scale=False
+        group.store(read_only=True), group=group.path, consolidated=False, chunks=None
     )
     if chunks == "shards":
         chunks = {"time": json.loads(attrs["fields"])["shard_frames"], "y": -1, "x": -1}
