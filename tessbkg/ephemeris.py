@@ -817,7 +817,7 @@ def _turn_y(degrees: float) -> Floats:
     return np.array([[c, 0.0, -s], [0.0, 1.0, 0.0], [s, 0.0, c]])
 
 
-def _camera_from_spacecraft(camera: int) -> Floats:
+def camera_from_spacecraft(camera: int) -> Floats:
     """Turn from the spacecraft's axes to the camera's: z the boresight, x away from the spacecraft's."""
     if camera not in _CAMERA_TILT:
         raise ValueError(f"camera={camera!r} is out of range: allowed are 1 to 4")
@@ -854,7 +854,7 @@ def nominal_camera_frame(sector: int, camera: int, *, time: float | None = None)
     >>> nominal_camera_frame(1, 4)[2].round(3)
     array([-0.   ,  0.398, -0.918])
     """
-    turn = _camera_from_spacecraft(camera)
+    turn = camera_from_spacecraft(camera)
     rows = [row[1:] for row in _pointings() if row[0] == sector]
     if len(rows) > 1 and time is not None:
         rows = [row for row in rows if row[3] <= time < row[4]]
@@ -887,7 +887,7 @@ def spacecraft_axes(camera_frame: npt.ArrayLike, camera: int) -> Floats:
     (3, 3) float64
         Rows are the spacecraft's X, Y, Z in ICRS: Z between cameras 2 and 3, the cameras fan out in XZ.
     """
-    return _camera_from_spacecraft(camera).T @ np.asarray(camera_frame, dtype=np.float64)
+    return camera_from_spacecraft(camera).T @ np.asarray(camera_frame, dtype=np.float64)
 
 
 # ------------------------------------------------------------------ dates in words

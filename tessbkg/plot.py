@@ -6,12 +6,15 @@ that are linear near zero and logarithmic far from it: the light spans five deca
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import xarray as xr
+
+from tessbkg.ephemeris import camera_from_spacecraft
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -98,6 +101,87 @@ def plot_reduction(
         panel.set_ylabel("science row (pixel)", fontsize=9)
     figure.suptitle(title)
     return figure
+
+
+def plot_focal_plane(
+    datasets: Iterable[xr.Dataset], variable: str = "scattered_light", *, title: str = ""
+) -> Figure:
+    """Draw one exposure of several CCDs where they lie in the field of view.
+
+    The plane is that of the spacecraft: its X axis, along which the four cameras fan out, to the right, its Y
+    axis up, as seen along the line of sight. The gaps between CCDs are drawn to scale.
+
+    Parameters
+    ----------
+    datasets : iterable of xarray.Dataset
+        One of each CCD, with `variable` on (y, x), `pixel_direction`, and the attributes `camera` and `ccd`.
+    variable : str
+    title : str
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+
+    Raises
+    ------
+    ValueError
+        If a dataset lacks the variable or the directions, or there is none.
+
+    Examples
+    --------
+    >>> import tessbkg, xarray as xr
+    >>> grid = {"time": [1340.0], "row": ("y", [1.0, 1024.0, 2048.0]), "column": ("x", [45.0, 1068.0, 2092.0])}
+    >>> attrs = {"sector": 1, "camera": 1}
+    >>> ccds = [tessbkg.angles(xr.Dataset(coords=grid, attrs=attrs | {"ccd": n})) for n in (1, 2, 3, 4)]
+    >>> len(plot_focal_plane([ds.isel(time=0) for ds in ccds], "earth_angle").axes)
+    2
+    """
+    from matplotlib.figure import Figure as NewFigure  # noqa: PLC0415
+
+    parts = list(datasets)
+    for ds in parts:
+        if variable not in ds or ds[variable].dims != ("y", "x") or "pixel_direction" not in ds:
+            raise ValueError(f"a dataset has no {variable!r} on (y, x), or no pixel_direction")
+    if not parts:
+        raise ValueError("datasets is empty: give one dataset of each CCD")
+    values = np.concatenate([ds[variable].to_numpy().ravel() for ds in parts])
+    low, high = np.nanpercentile(values, [0.2, 99.8])
+    style: dict[str, Any] = {"vmin": low, "vmax": high, "cmap": "viridis"}
+    if variable.endswith("azimuth"):
+        style = {"vmin": 0, "vmax": 360, "cmap": "twilight"}
+    elif variable.startswith("scattered_light"):
+        style = {"norm": _norm(min(low, 0), high, max((high - low) / 100, 0.1)), "cmap": "inferno"}
+    wide = len({ds.attrs["camera"] for ds in parts}) > 1
+    figure = NewFigure(figsize=(14, 4.4) if wide else (7, 6), dpi=80, layout="constrained")
+    axes = figure.subplots()
+    drawn = None
+    for ds in parts:
+        turn = camera_from_spacecraft(int(ds.attrs["camera"]))
+        x, y, z = np.moveaxis(ds["pixel_direction"].to_numpy() @ turn, -1, 0)
+        across, along = np.degrees(np.arctan2(x, z)), np.degrees(np.arctan2(y, np.hypot(x, z)))
+        drawn = axes.pcolormesh(
+            _edges(across), _edges(along), ds[variable].to_numpy(), rasterized=True, **style
+        )
+        axes.text(
+            float(across.mean()), float(along.mean()), f"{ds.attrs['camera']}.{ds.attrs['ccd']}",
+            ha="center", va="center", fontsize=9,
+            bbox={"boxstyle": "round", "facecolor": "white", "alpha": 0.7, "edgecolor": "none"},
+        )  # fmt: skip
+    assert drawn is not None
+    axes.set_aspect("equal")
+    axes.set_xlabel("angle along the spacecraft's X axis (degree)")
+    axes.set_ylabel("along Y (degree)")
+    units = parts[0][variable].attrs.get("units", "1").replace("electron s-1", UNITS)
+    label = f"{variable.replace('_', ' ')} ({units})"
+    figure.colorbar(drawn, ax=axes, pad=0.01, shrink=0.8 if wide else 1.0).set_label(label)
+    axes.set_title(title)
+    return figure
+
+
+def _edges(centres: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Corners of the cells of a grid whose centres are given: means of four, carried on beyond the rim."""
+    grown = np.pad(centres, 1, mode="reflect", reflect_type="odd")
+    return (grown[:-1, :-1] + grown[1:, :-1] + grown[:-1, 1:] + grown[1:, 1:]) / 4
 
 
 def animate(
