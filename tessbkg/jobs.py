@@ -513,14 +513,11 @@ def _silent(*_: object) -> None:
 def _report(plan: BuildPlan, parts: list[tuple[int, int]], began: float) -> Report:
     """Collect the rows that the shards left."""
     group = plan.job.group
-    rows = [] if parts else read_rows(group, "report")
-    if not rows:
-        rows = [
-            row
-            for first, _ in shards(len(plan.frames), plan.job.shard_frames)
-            for row in read_rows(group, _rows_of(first))
-        ]
-    frames = pd.DataFrame(rows)
+    rows = dict(enumerate(read_rows(group, "report")))
+    for first, last in shards(len(plan.frames), plan.job.shard_frames):
+        if first not in rows or (first, last) in parts:
+            rows.update(enumerate(read_rows(group, _rows_of(first)), first))
+    frames = pd.DataFrame([rows[i] for i in sorted(rows)])
     new = pd.concat([frames.iloc[first:last] for first, last in parts]) if parts else frames.iloc[:0]
     return Report(
         plan.job.ccd,

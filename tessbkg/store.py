@@ -10,7 +10,8 @@ only when the marker that is its last write is there:
 5. the shards along time, in any order, by anybody; marker: `frame_status` of the shard's frames;
 6. child group `report`: what became of every frame; marker: attribute `complete` of the CCD's group.
 
-Nobody may delete but the writer of a shard, its own unfinished objects, and `overwrite`, the whole group.
+Two processes that build the same CCD with the same options do the work twice and write the same bytes; so
+nobody deletes anything, but `overwrite` the whole group, and the writer of a shard an object that is not one.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ import pandas as pd
 import xarray as xr
 import zarr
 from zarr.codecs import BloscCodec
+from zarr.errors import ContainsArrayError, ContainsGroupError
 from zarr.storage import FsspecStore, LocalStore
 
 from tessbkg.ccd import CCD
@@ -173,12 +175,12 @@ def create_group(group: Group, fields: Mapping[str, Any], *, overwrite: bool = F
             parts = group.path.split("/")
             for depth in range(len(parts)):
                 zarr.open_group(store, path="/".join(parts[:depth]), mode="a", zarr_format=3)
-            attrs = {
-                "layout": LAYOUT,
-                "fields": json.dumps(fields),
-            }  # text: NetCDF knows no nested attributes
-            zarr.create_group(store, path=group.path, zarr_format=3, attributes=attrs, overwrite=True)
-            return attrs
+            # Text, because NetCDF knows no nested attributes.
+            found = {"layout": LAYOUT, "fields": json.dumps(fields)}
+            try:
+                zarr.create_group(store, path=group.path, zarr_format=3, attributes=found)
+            except ContainsGroupError:  # another process was quicker
+                found = read_fields(group) or found
     check_fields(group, found, fields)
     return found
 
@@ -227,19 +229,51 @@ def marker(group: Group, name: str) -> Any:
 
 
 def write_child(group: Group, name: str, dataset: xr.Dataset) -> None:
-    """Write a small Dataset as a child group, whole; what an interrupted write left is replaced."""
+    """Write a small Dataset as a child group and mark it complete."""
     child = group.child(name)
-    with store_errors(group):
-        delete_group(child)
-        encoding = {
-            v: {"compressors": (BloscCodec(cname="zstd", clevel=3),)}
-            for v in dataset.variables
-            if dataset[v].dtype.kind != "O"
-        }
-        dataset.to_zarr(
-            group.store(), group=child.path, mode="w", consolidated=False, zarr_format=3, encoding=encoding
-        )
+    encoding = {
+        str(v): {"chunks": variable.shape, **_compressed(variable)}
+        for v, variable in dataset.variables.items()
+    }
+    _write(child, dataset, encoding)
     set_marker(child, "complete")
+
+
+def _compressed(variable: xr.Variable) -> dict[str, Any]:
+    """Encode a variable with Blosc and bit shuffle, but for text."""
+    if variable.dtype.kind == "O":
+        return {}
+    return {"compressors": (BloscCodec(cname="zstd", clevel=3, shuffle="bitshuffle"),)}
+
+
+def _write(group: Group, dataset: xr.Dataset, encoding: Mapping[str, dict[str, Any]]) -> None:
+    """Write variables into a group, over what an interrupted write or another process put there.
+
+    Nothing is deleted: two processes that write the same group write the same bytes.
+    """
+    with store_errors(group):
+        for attempt in range(3):
+            try:
+                there = set(
+                    zarr.open_group(group.store(read_only=True), path=group.path, mode="r").array_keys()
+                )
+            except FileNotFoundError:
+                there = set()
+            try:
+                dataset.to_zarr(
+                    group.store(),
+                    group=group.path,
+                    mode="a",
+                    compute=False,
+                    consolidated=False,
+                    zarr_format=3,
+                    encoding={name: codec for name, codec in encoding.items() if name not in there},
+                )
+            except (ContainsArrayError, ValueError):  # another process made an array meanwhile
+                if attempt == 2:
+                    raise
+            else:
+                return
 
 
 def read_child(group: Group, name: str) -> xr.Dataset | None:
@@ -279,9 +313,7 @@ def write_template(group: Group, template: xr.Dataset, shard_frames: int) -> Non
     """
     encoding: dict[str, dict[str, Any]] = {}
     for name, variable in template.variables.items():
-        codec: dict[str, Any] = {"compressors": (BloscCodec(cname="zstd", clevel=3, shuffle="bitshuffle"),)}
-        if variable.dtype.kind == "O":
-            codec = {}
+        codec = {"chunks": variable.shape, **_compressed(variable)}
         if name == "frame_status":
             codec |= {"chunks": (shard_frames,), "fill_value": NOT_WRITTEN}
         elif variable.dims == ("time", "y", "x"):
@@ -291,20 +323,10 @@ def write_template(group: Group, template: xr.Dataset, shard_frames: int) -> Non
                 "shards": (shard_frames, *variable.shape[1:]),
                 "fill_value": np.nan,
             }
-        elif variable.shape:
-            codec |= {"chunks": variable.shape}
         encoding[str(name)] = codec
     with store_errors(group):
-        template = template.assign_attrs({**(read_fields(group) or {}), **template.attrs})
-        template.to_zarr(
-            group.store(),
-            group=group.path,
-            mode="a",
-            compute=False,
-            consolidated=False,
-            zarr_format=3,
-            encoding=encoding,
-        )
+        attrs = read_fields(group) or {}
+    _write(group, template.assign_attrs({**attrs, **template.attrs}), encoding)
     set_marker(group, "template")
 
 
@@ -359,22 +381,28 @@ def write_shard(
     StoreError
         If the store cannot be written.
     """
-    fs, root = filesystem(group.url, group.store_options)
     with store_errors(group):
         store = group.store()
         for name, block in (*variables.items(), ("frame_status", status)):
-            array = zarr.open_array(store, path=f"{group.path}/{name}", mode="r+")
+            array = zarr.open_array(
+                store, path=f"{group.path}/{name}", mode="r+", config={"write_empty_chunks": True}
+            )
             _check_region(array, first, last, block, name)
-            if block.ndim > 1:  # zarr 3.1 cannot write over an object that was cut short
-                key = array.metadata.encode_chunk_key(
-                    (
-                        first // (last - first if array.shards is None else array.shards[0]),
-                        *(0,) * (block.ndim - 1),
-                    )
-                )
-                with contextlib.suppress(FileNotFoundError):
-                    fs.rm_file(join(root, group.path, name, key))
-            array[first:last] = block
+            try:
+                array[first:last] = block
+            except (ValueError, RuntimeError):
+                # The last shard is not full, so zarr reads it first; one that was cut short must go.
+                delete_shard(group, array, name, first)
+                array[first:last] = block
+
+
+def delete_shard(group: Group, array: Any, name: str, first: int) -> None:
+    """Delete the object of the shard that begins with frame `first`."""
+    fs, root = filesystem(group.url, group.store_options)
+    frames = (array.shards or array.chunks)[0]
+    key = array.metadata.encode_chunk_key((first // frames, *(0,) * (array.ndim - 1)))
+    with contextlib.suppress(FileNotFoundError):
+        fs.rm_file(join(root, group.path, name, key))
 
 
 def _check_region(array: Any, first: int, last: int, block: npt.NDArray[Any], name: str) -> None:
