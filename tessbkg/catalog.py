@@ -56,11 +56,11 @@ def stamp_to_tjd(stamps: Sequence[str]) -> npt.NDArray[np.float64]:
     return np.asarray((tdb.jd1 - 2457000.0) + tdb.jd2)
 
 
-def _wanted(value: Numbers, name: str, known: Iterable[int] | None = None) -> list[int] | None:
-    """Normalise one number, several or None (all) to a sorted list."""
-    if value is None:
-        return None if known is None else list(known)
-    values = [value] if isinstance(value, int | np.integer) else list(value)
+def _wanted(value: int | Iterable[int], name: str) -> list[int]:
+    """Normalise one number or several to a sorted list."""
+    values = list(value) if isinstance(value, Iterable) else [value]
+    if not values:
+        raise ValueError(f"{name}={value!r} is empty: give at least one number")
     for one in values:
         CCD(**{"sector": 1, "camera": 1, "ccd": 1, name: one})
     return sorted({int(one) for one in values})
@@ -111,20 +111,18 @@ def list_ffis(
     >>> len(list_ffis(sector=1, camera=1, ccd=4, root="memory://list"))
     3
     """
-    sectors, cameras, ccds = (
-        _wanted(sector, "sector"),
-        _wanted(camera, "camera", range(1, 5)),
-        _wanted(ccd, "ccd", range(1, 5)),
-    )
+    sectors = None if sector is None else _wanted(sector, "sector")
+    cameras = _wanted(range(1, 5) if camera is None else camera, "camera")
+    ccds = _wanted(range(1, 5) if ccd is None else ccd, "ccd")
     if files is not None:
         entries, where = _explicit(files, storage_options)
     elif sectors is None:
         raise ValueError("sector is missing: give a sector (sector=1) or files")
     else:
         where = join(root, "ffi")
-        entries = _below_root(root, sectors, cameras or [], ccds or [], storage_options)
+        entries = _below_root(root, sectors, cameras, ccds, storage_options)
     frames = _table(entries)
-    chosen = frames["camera"].isin(cameras or []) & frames["ccd"].isin(ccds or [])
+    chosen = frames["camera"].isin(cameras) & frames["ccd"].isin(ccds)
     if sectors is not None:
         chosen &= frames["sector"].isin(sectors)
     frames = frames[chosen]

@@ -231,7 +231,7 @@ def list_command(
     anon: bool | None,
     urls: bool,
 ) -> None:
-    r"""List the frames there are.
+    """List the frames there are.
 
     \b
     Example:
@@ -298,7 +298,7 @@ def _plans(
 @store_options
 @reduction_options
 def plan_command(**arguments: Any) -> None:
-    r"""Say what a build into OUT would read and do, without doing it.
+    """Say what a build into OUT would read and do, without doing it.
 
     \b
     Example:
@@ -327,7 +327,7 @@ def plan_command(**arguments: Any) -> None:
 )
 @click.option("--overwrite", is_flag=True, help="Delete what the store has of these CCDs and start over.")
 def build_command(*, workers: int | None, scheduler: str | None, overwrite: bool, **arguments: Any) -> None:
-    r"""Build scattered light of CCDs into the Zarr store OUT, or go on with it.
+    """Build scattered light of CCDs into the Zarr store OUT, or go on with it.
 
     \b
     Examples:
@@ -388,7 +388,7 @@ def _progress(label: str) -> Iterator[Any]:
 @click.argument("store")
 @store_options
 def info_command(*, store: str, store_endpoint_url: str | None) -> None:
-    r"""Say what a store holds.
+    """Say what a store holds.
 
     \b
     Example:
@@ -430,6 +430,64 @@ def info_command(*, store: str, store_endpoint_url: str | None) -> None:
         click.echo(f"  {counts}")
 
 
+@main.command("plot")
+@click.argument("store")
+@click.argument("out", type=click.Path(path_type=Path, dir_okay=False))
+@click.option("--sector", type=click.IntRange(1, 9999), required=True)
+@click.option("--camera", type=click.IntRange(1, 4), required=True)
+@click.option("--ccd", type=click.IntRange(1, 4), required=True)
+@store_options
+def plot_command(
+    *, store: str, out: Path, sector: int, camera: int, ccd: int, store_endpoint_url: str | None
+) -> None:
+    """Draw the light of a CCD over time into the picture OUT, with flags, gaps, Earth and Moon.
+
+    \b
+    Example:
+      tessbkg plot bkg.zarr light.png --sector 1 --camera 1 --ccd 4
+    """
+    from tessbkg.plot import plot_light_curve  # noqa: PLC0415
+
+    options = _storage(store_endpoint_url, None)
+    ds = tessbkg.open_background(store, sector=sector, camera=camera, ccd=ccd, store_options=options)
+    plot_light_curve(ds).savefig(out)
+    click.echo(out)
+
+
+@main.command("animate")
+@click.argument("store")
+@click.argument("out", type=click.Path(path_type=Path, dir_okay=False))
+@click.option("--sector", type=click.IntRange(1, 9999), required=True)
+@click.option("--camera", type=click.IntRange(1, 4), required=True)
+@click.option("--ccd", type=click.IntRange(1, 4), required=True)
+@click.option("--variable", default="scattered_light", show_default=True, help="Any on (time, y, x).")
+@click.option("--fps", default=8, show_default=True, type=click.IntRange(1, 60), help="Frames a second.")
+@store_options
+def animate_command(
+    *,
+    store: str,
+    out: Path,
+    sector: int,
+    camera: int,
+    ccd: int,
+    variable: str,
+    fps: int,
+    store_endpoint_url: str | None,
+) -> None:
+    """Animate the light, its error or an angle of a CCD into OUT: .gif, .html or .mp4.
+
+    \b
+    Example:
+      tessbkg animate bkg.zarr light.gif --sector 1 --camera 1 --ccd 4
+    """
+    from tessbkg.plot import animate  # noqa: PLC0415
+
+    options = _storage(store_endpoint_url, None)
+    ds = tessbkg.open_background(store, sector=sector, camera=camera, ccd=ccd, store_options=options)
+    animate(ds, out, variable=variable, fps=fps)
+    click.echo(out)
+
+
 @main.command("simulate")
 @click.argument("url")
 @identity_options
@@ -457,7 +515,7 @@ def simulate_command(
     kind: str,
     endpoint_url: str | None,
 ) -> None:
-    r"""Write synthetic FFIs with a known truth below URL.
+    """Write synthetic FFIs with a known truth below URL.
 
     \b
     Example:

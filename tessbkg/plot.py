@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import xarray as xr
 
+from tessbkg.ccd import Quality
 from tessbkg.ephemeris import camera_from_spacecraft
 
 if TYPE_CHECKING:
@@ -130,7 +131,8 @@ def plot_focal_plane(
     Examples
     --------
     >>> import tessbkg, xarray as xr
-    >>> grid = {"time": [1340.0], "row": ("y", [1.0, 1024.0, 2048.0]), "column": ("x", [45.0, 1068.0, 2092.0])}
+    >>> row, column = ("y", [1.0, 1024.0, 2048.0]), ("x", [45.0, 1068.0, 2092.0])
+    >>> grid = {"time": [1340.0], "row": row, "column": column}
     >>> attrs = {"sector": 1, "camera": 1}
     >>> ccds = [tessbkg.angles(xr.Dataset(coords=grid, attrs=attrs | {"ccd": n})) for n in (1, 2, 3, 4)]
     >>> len(plot_focal_plane([ds.isel(time=0) for ds in ccds], "earth_angle").axes)
@@ -184,6 +186,71 @@ def _edges(centres: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     return (grown[:-1, :-1] + grown[1:, :-1] + grown[:-1, 1:] + grown[1:, 1:]) / 4
 
 
+def plot_light_curve(ds: xr.Dataset) -> Figure:
+    """Draw the level of scattered light over time, with flags, gaps and the Earth's and Moon's angles.
+
+    Parameters
+    ----------
+    ds : xarray.Dataset
+        From :func:`tessbkg.open_background`.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+
+    Examples
+    --------
+    >>> import numpy as np, xarray as xr
+    >>> light = xr.DataArray(np.ones((3, 4, 4), "f4"), {"time": [1, 2, 9]}, ("time", "y", "x"))
+    >>> len(plot_light_curve(light.to_dataset(name="scattered_light")).axes)
+    1
+    """
+    from matplotlib.figure import Figure as NewFigure  # noqa: PLC0415
+
+    time = ds["time"].to_numpy()
+    light = ds["scattered_light"].to_numpy().reshape(len(time), -1)
+    good = np.isfinite(light).any(axis=1)
+    low, middle, high = np.full((3, len(time)), np.nan)
+    low[good], middle[good], high[good] = np.nanpercentile(light[good], [5, 50, 95], axis=1)
+    angles = [body for body in ("earth", "moon") if f"{body}_boresight_angle" in ds]
+    figure = NewFigure(figsize=(12, 6 if angles else 3.6), dpi=80, layout="constrained")
+    panels: Any = figure.subplots(2 if angles else 1, 1, sharex=True, squeeze=False)[:, 0]
+    step = np.median(np.diff(time)) if len(time) > 1 else 1.0
+    cuts = np.flatnonzero(np.diff(time) > 5 * step) + 1
+    for part in np.split(np.arange(len(time)), cuts):
+        panels[0].fill_between(time[part], low[part], high[part], color="#56b4e9", alpha=0.4, lw=0)
+        panels[0].plot(time[part], middle[part], color="#0072b2", lw=1, marker="." if len(part) < 100 else "")
+    for cut in cuts:
+        for panel in panels:
+            panel.axvspan(time[cut - 1], time[cut], color="0.93", lw=0)
+    if "quality" in ds:
+        quality = ds["quality"].to_numpy()
+        marks = (
+            ("stray light", Quality.STRAY_LIGHT, "#e69f00"),
+            ("momentum dump", Quality.DESATURATION, "#cc79a7"),
+            ("bad calibration", Quality.BAD_CALIBRATION, "#d55e00"),
+        )
+        for k, (name, bit, colour) in enumerate(marks):
+            flagged = time[(quality & int(bit)) != 0]
+            if flagged.size:
+                height = np.full(flagged.size, 1.0 - 0.03 * k)
+                panels[0].plot(
+                    flagged, height, "|", color=colour, label=name, transform=panels[0].get_xaxis_transform()
+                )
+        if panels[0].get_legend_handles_labels()[0]:
+            panels[0].legend(loc="upper left", fontsize=8, framealpha=0.8)
+    panels[0].set_yscale("asinh", linear_width=1.0)
+    panels[0].set_ylabel(f"scattered light ({UNITS})\nmedian and 5-95 % of the CCD")
+    for body, colour in zip(angles, ("#009e73", "#999999"), strict=False):
+        panels[1].plot(time, ds[f"{body}_boresight_angle"], ".", ms=2, color=colour, label=body.title())
+    if angles:
+        panels[1].set_ylabel("angle from the boresight (degree)")
+        panels[1].legend(fontsize=8)
+    panels[-1].set_xlabel("time at the spacecraft, TJD (JD - 2457000, TDB)")
+    panels[0].set_title(ds.attrs.get("title", ""))
+    return figure
+
+
 def animate(
     ds: xr.Dataset,
     path: str | Path,
@@ -199,7 +266,7 @@ def animate(
     ds : xarray.Dataset
         With `variable` on (time, y, x). Frames that are not good are left out.
     path : str or Path
-        Ends in `.gif`.
+        Ends in `.gif`, `.html` (a page with controls) or `.mp4` (needs the program ffmpeg).
     variable : str
     fps : int
         Frames a second.
@@ -209,7 +276,9 @@ def animate(
     Raises
     ------
     ValueError
-        If there is no such variable, or no good frame.
+        If there is no such variable, no good frame, or no such kind of file.
+    FileNotFoundError
+        If ffmpeg is needed and missing.
 
     Examples
     --------
@@ -218,15 +287,16 @@ def animate(
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     animate(light, f"{folder}/light.gif")
     """
-    from matplotlib.animation import FuncAnimation, PillowWriter  # noqa: PLC0415
+    from matplotlib.animation import FFMpegWriter, FuncAnimation, PillowWriter  # noqa: PLC0415
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
     from matplotlib.figure import Figure as NewFigure  # noqa: PLC0415
 
     if variable not in ds or ds[variable].dims != ("time", "y", "x"):
         three = [str(name) for name, v in ds.items() if v.dims == ("time", "y", "x")]
         raise ValueError(f"variable={variable!r} is not among those on (time, y, x): {', '.join(three)}")
-    if Path(path).suffix.lower() != ".gif":
-        raise ValueError(f"path={str(path)!r} must end in .gif")
+    kind = Path(path).suffix.lower()
+    if kind not in {".gif", ".html", ".mp4"}:
+        raise ValueError(f"path={str(path)!r} must end in .gif, .html or .mp4")
     good = (
         np.flatnonzero(ds["frame_status"].to_numpy() == 0)
         if "frame_status" in ds
@@ -264,4 +334,8 @@ def animate(
         return (image,)
 
     animation = FuncAnimation(figure, draw, frames=len(chosen), blit=False)
-    animation.save(str(path), writer=PillowWriter(fps=fps))
+    if kind == ".html":
+        Path(path).write_text(animation.to_jshtml(fps=fps), encoding="utf-8")
+        return
+    writer = PillowWriter(fps=fps) if kind == ".gif" else FFMpegWriter(fps=fps)
+    animation.save(str(path), writer=writer)
