@@ -384,9 +384,8 @@ def write_shard(
     with store_errors(group):
         store = group.store()
         for name, block in (*variables.items(), ("frame_status", status)):
-            array = zarr.open_array(
-                store, path=f"{group.path}/{name}", mode="r+", config={"write_empty_chunks": True}
-            )
+            with zarr.config.set({"array.write_empty_chunks": True}):  # zarr 3.1 ignores `config` here
+                array = zarr.open_array(store, path=f"{group.path}/{name}", mode="r+")
             _check_region(array, first, last, block, name)
             try:
                 array[first:last] = block

@@ -129,7 +129,7 @@ def test_all_nan_shards_are_written():
     assert unwritten_shards(group, 8) == []
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(first=st.integers(0, 25), length=st.integers(0, 25))
 def test_a_write_that_is_not_one_whole_shard_is_refused(first, length):
     group = new_once()
@@ -162,8 +162,11 @@ def test_a_block_of_another_shape_is_refused():
 
 @pytest.mark.parametrize("shard", [0, 2])
 @pytest.mark.parametrize("length", [0, 1, 50, -20, -1])
-def test_a_torn_shard_is_written_over(place, shard, length):
-    url, options = place
+def test_a_torn_shard_is_written_over(shard, length, request):
+    options, url = None, None
+    if length == 50:
+        ministack = request.getfixturevalue("ministack")
+        options, url = ministack.options(), f"{ministack.bucket()}/a.zarr"
     group = new(20, 8, url, options)
     light, status = values(20)
     first, last = shards(20, 8)[shard]
@@ -345,10 +348,10 @@ def test_opened_chunks_are_shards_and_a_changed_copy_can_be_written(tmp_path):
     assert ds["light"].chunks == ((8, 8, 4), (3,), (4,))
     assert isinstance(ds["light"].data, dask.array.Array)
     np.testing.assert_array_equal(ds["light"], values(20)[0])
-    halved = ds.isel(time=slice(1, None, 3))
-    halved.to_zarr(tmp_path / "copy.zarr", zarr_format=3, consolidated=False)
+    part = ds.isel(time=slice(0, 16), x=slice(1, None)) * 1
+    part.to_zarr(tmp_path / "copy.zarr", zarr_format=3, consolidated=False)
     with xr.open_zarr(tmp_path / "copy.zarr", consolidated=False) as copy:
-        np.testing.assert_array_equal(copy["light"], values(20)[0][1::3])
+        np.testing.assert_array_equal(copy["light"], values(20)[0][:16, :, 1:])
     eager = open_background(group.url, sector=1, camera=1, ccd=4, chunks=None)
     assert eager["light"].chunks is None
     np.testing.assert_array_equal(eager["light"], values(20)[0])
