@@ -161,7 +161,8 @@ def scattered_light(
     Returns
     -------
     xarray.Dataset
-        `scattered_light`, `scattered_light_err` : (time, y, x) float32, electron s-1, lazy;
+        `scattered_light`, `scattered_light_err` : (time, y, x) float32, electron s-1, lazy, one frame a
+        chunk: looking at one frame reads one frame;
         `n_pixels` and `filled` : (y, x); `frame_status` : (time,), lazy; coordinates and angles as in a
         store.
 
@@ -204,8 +205,8 @@ def scattered_light(
         new_axis=0,
         chunks=((2,), flux.chunks[0], (plan.shape[0],), (plan.shape[1],)),
         name="scattered-light-" + tokenize(flux.name, plan.subtract, options, kept),
-    ).rechunk({1: SHARD_FRAMES})
-    status = da.from_array(survey["status"].to_numpy().astype("u1"), chunks=SHARD_FRAMES)
+    )
+    status = da.from_array(survey["status"].to_numpy().astype("u1"), chunks=1)
     blank = da.isnan(both[0]).all(axis=(1, 2))
     status = da.where((status == FrameStatus.GOOD) & blank, np.uint8(FrameStatus.BLANK), status)
     coordinates = {
