@@ -319,14 +319,16 @@ def noise_of(flux: Floats, flux_err: Floats) -> tuple[float, float] | None:
 
 def choose_noise_frames(survey: pd.DataFrame, dark: npt.NDArray[np.intp]) -> npt.NDArray[np.intp]:
     """Two dark and two bright good frames, to fit the noise law to."""
-    order = survey["excess"].to_numpy(dtype=np.float64).argsort()
-    order = order[np.isfinite(survey["excess"].to_numpy(dtype=np.float64)[order])]
+    excess = survey["excess"].where(survey["status"] == FrameStatus.GOOD).to_numpy(dtype=np.float64)
+    order = excess.argsort()
+    order = order[np.isfinite(excess[order])]
     return np.unique([*dark[:2], *order[-2:]])
 
 
 def _excess_of(ffis: xr.Dataset, survey: pd.DataFrame) -> npt.NDArray[np.float64]:
     """How bright each frame is, from bands of its file where there is one, else from `flux`."""
-    good = (survey["status"] == FrameStatus.GOOD).to_numpy()
+    # As in a job, whose survey is finished before frames are rejected.
+    good = survey["status"].isin([FrameStatus.GOOD, FrameStatus.REJECTED]).to_numpy()
     excess = np.full(len(survey), np.nan)
     if not good.any():
         return excess
