@@ -638,7 +638,7 @@ def make_scene_group(job: Job) -> None:
     noise = _fit_noise(job, survey.iloc[noise_frames])
     stack = np.empty((len(dark), *survey.loc[dark[0], ["rows", "columns"]].astype(int)), dtype=np.float32)
     kept: list[str] = []
-    for i, frame in read_ahead(job, survey.iloc[dark]):
+    for i, frame in read_ahead(job, survey.iloc[dark], ahead=2):
         if isinstance(frame, FFI) and np.any(frame.flux > 0):
             stack[len(kept)] = frame.flux
             kept.append(str(survey["ffi"].iloc[dark[i]]))
@@ -658,7 +658,7 @@ def _fit_noise(job: Job, survey: pd.DataFrame) -> tuple[float, float] | None:
     """Fit the noise law to a sample of the pixels of some frames."""
     sample = [
         (frame.flux[::7, ::7].copy(), frame.flux_err[::7, ::7].copy())
-        for _, frame in read_ahead(job, survey, errors=True)
+        for _, frame in read_ahead(job, survey, errors=True, ahead=1)
         if isinstance(frame, FFI) and frame.flux_err is not None
     ]
     return noise_of(*(np.stack(images) for images in zip(*sample, strict=True))) if sample else None
@@ -827,9 +827,13 @@ def reduce_frames(
 
 
 def read_ahead(
-    job: Job, survey: pd.DataFrame, *, errors: bool = False
+    job: Job, survey: pd.DataFrame, *, errors: bool = False, ahead: int = READ_AHEAD
 ) -> Iterator[tuple[int, FFI | FFIReadError | None]]:
-    """Read frames in order, a few ahead; None for those whose status is not good."""
+    """Read frames in order, a few ahead; None for those whose status is not good.
+
+    A frame on its way takes 35 MB, twice that with errors: bytes and pixels. The scene, which holds all dark
+    frames, has fewer on their way.
+    """
     urls, ends = survey["url"].tolist(), survey["end"].tolist()
     good = (survey["status"] == FrameStatus.GOOD).tolist()
     fs, _ = filesystem(urls[0], source_options(urls[0], thaw(job.source)))
@@ -844,12 +848,12 @@ def read_ahead(
             return FFIReadError(urls[i], f"{frame.flux.shape} science pixels; the survey found {shape}")
         return frame
 
-    with ThreadPoolExecutor(READ_AHEAD) as pool:
+    with ThreadPoolExecutor(ahead) as pool:
         pending: dict[int, Future[FFI | FFIReadError]] = {}
         waiting = iter([i for i in range(len(urls)) if good[i]])
         try:
             for i in range(len(urls)):
-                while len(pending) < READ_AHEAD and (nxt := next(waiting, None)) is not None:
+                while len(pending) < ahead and (nxt := next(waiting, None)) is not None:
                     pending[nxt] = pool.submit(read, nxt)
                 yield i, pending.pop(i).result() if i in pending else None
         finally:
