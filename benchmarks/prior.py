@@ -16,6 +16,7 @@ import sys
 import time
 import types
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
@@ -28,8 +29,8 @@ class _HDU:
 class TESSCube:
     """As much of tesscube.TESSCube as tess-backml uses, over local files."""
 
-    paths: list = []
-    held: dict = {}
+    paths: ClassVar[list] = []
+    held: ClassVar[dict] = {}
 
     def __init__(self, sector, camera, ccd):
         self.sector, self.camera, self.ccd = sector, camera, ccd
@@ -90,7 +91,9 @@ def main():
         cube.get_scatter_light_cube(rolling=bool(arguments.rolling), errors=bool(arguments.errors))
     seconds = np.array([times[i] for i in sorted(times)])
     np.savez(arguments.out, value=cube.scatter_cube, error=cube.scatter_err_cube, seconds=seconds)
-    print(json.dumps({"frames": len(seconds), "median": float(np.median(seconds)), "min": float(seconds.min())}))
+    print(
+        json.dumps({"frames": len(seconds), "median": float(np.median(seconds)), "min": float(seconds.min())})
+    )
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@
     python benchmarks/run.py --sections kernel,scale --repeats 9
 
 Needs `pip install tessbkg[test] bottleneck photutils scikit-image`, no network but for the first run of the
-section `build` and `accuracy`, which install tess-backml into an environment of its own (`--prior-python` names one
-that is there).
+sections `build` and `accuracy`, which install tess-backml into an environment of its own (`--prior-python`
+names one that is there). Figures mean something on a machine that does nothing else.
 """
 
 from __future__ import annotations
@@ -51,10 +51,18 @@ def machine():
     """Say what this was measured on."""
     from importlib.metadata import version
 
-    model = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
-        platform.processor(),
-    ) if Path("/proc/cpuinfo").exists() else platform.processor()
+    model = (
+        next(
+            (
+                line.split(":")[1].strip()
+                for line in Path("/proc/cpuinfo").read_text().splitlines()
+                if "model name" in line
+            ),
+            platform.processor(),
+        )
+        if Path("/proc/cpuinfo").exists()
+        else platform.processor()
+    )
     return {
         "when": datetime.now(UTC).isoformat(timespec="seconds"),
         "processor": model,

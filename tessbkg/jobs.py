@@ -79,7 +79,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 READ_AHEAD: Final = 3
-"""Frames on their way while one is reduced: 17.5 MB each."""
+"""Frames on their way while one is reduced. Of 1 to 6, three were the fastest on two S3 servers."""
 
 SURVEY_TASKS: Final = 8
 SURVEY_FRAMES: Final = 256
@@ -109,8 +109,8 @@ WORKER_ENVIRONMENT: Final = {
     "MALLOC_TOP_PAD_": 64 << 20,
     "MALLOC_ARENA_MAX": 1,
 }
-"""Settings of glibc for a worker: keep freed frame-sized buffers, and keep them where every thread finds them.
-One arena a thread would hold a third more memory: 600 MB became 900 MB."""
+"""Settings of glibc for a worker: keep freed frame-sized buffers, and where every thread finds them. With one
+arena for each thread a worker took 900 MB instead of 600."""
 
 Progress = Callable[[str, int, int], None]
 

@@ -7,7 +7,7 @@ import os
 import pickle
 import subprocess
 import sys
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 
 import pytest
 from frames import CCD1
@@ -24,7 +24,7 @@ SECTOR = 11_700
 
 def keys(n: int, *, sector: int, cadence: int) -> list[str]:
     """Name `n` frames as the mission does."""
-    times = [datetime(2025, 7, 25) + timedelta(seconds=i * cadence) for i in range(n)]
+    times = [datetime(2025, 7, 25, tzinfo=UTC) + timedelta(seconds=i * cadence) for i in range(n)]
     return [
         f"ffi/s{sector:04d}/{t:%Y/%j}/1-4/tess{t:%Y%j%H%M%S}-s{sector:04d}-1-4-0288-s_ffic.fits"
         for t in times
