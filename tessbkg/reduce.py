@@ -14,15 +14,30 @@ import numpy.typing as npt
 from scipy import sparse
 from scipy.sparse.linalg import splu
 
+from tessbkg.motion import TERMS, Motion, prepare_motion, scene_terms
+from tessbkg.whole import Whole, prepare_whole, reduce_whole, weigh
+
 Floats = npt.NDArray[np.float32]
-Statistic = Literal["median", "mean", "clipped", "rolling", "sparse"]
+Statistic = Literal["whole", "median", "mean", "clipped", "rolling", "sparse"]
 STATISTICS: Final[tuple[str, ...]] = get_args(Statistic)
 
 CLIP_SIGMA: Final = 3.0
 """`clipped` leaves out pixels further than this from the bin's median, in sigmas of the bin."""
 
+NOISE: Final = (7.445e-4, 0.0197)
+"""Noise law of sector 1, electron s-1 and (electron s-1)^2: weighs pixels where a plan has no law of its own."""
 
-@dataclass(frozen=True)
+CEILING: Final = 4e4
+"""Pixels this far above the scene are saturated, electron s-1: `whole` gives no value then."""
+
+MOTION_ERROR: Final = 0.1
+"""Error of what moved stars add to a bin, as a share of it."""
+
+STRUCTURE_ERROR: Final = 0.5
+"""Error of interpolated light, as a share of what interpolating changes."""
+
+
+@dataclass(frozen=True, eq=False)
 class Plan:
     """What a reduction of one CCD needs for every frame; made by :func:`plan_reduction`.
 
@@ -34,31 +49,41 @@ class Plan:
     shape : tuple of (int, int)
         Bins along rows and columns. Pixels beyond the last whole bin are left out.
     subtract : (rows, columns) float32
-        Scene, minus infinity where masked, so that subtracting it sorts masked pixels last.
+        Scene; minus infinity where masked, so that subtracting it sorts masked pixels last, for statistics
+        that sort.
+    gain : (columns,) float32 or None
+        What pixels of each column are multiplied by; None if all by 1.
     n_pixels : (ny, nx) int
         Unmasked pixels in each bin.
     pixel : (ny, nx) int
         Flat index of the unmasked pixel nearest the centre of each bin (`sparse` reads it).
     factor : (ny, nx) float32
         Error of the statistic over the error of a pixel.
-    scene_flux, scene_variance : (ny, nx) float32
-        Mean scene and mean variance of the scene over the unmasked pixels of each bin.
-    noise : tuple of (float, float) or None
-        a and b of the noise law: variance of a pixel = a * flux + b.
+    still, rise : (ny, nx) float32
+        Variance of a frame's bin without light, and its growth with the light; NaN without a noise law.
+    scene_error : (ny, nx) float32
+        The part of the error that is common to all frames: that of the scene.
+    whole : Whole or None
+        For `whole` and `mean`.
+    motion : Motion or None
+        Tracers of moving stars, for `whole`.
     fill : Filling
-        Fills bins without pixels in an image of bins, in place.
+        Fills bins that no pixel says anything of in an image of bins, in place.
     """
 
     size: int
     statistic: str
     shape: tuple[int, int]
     subtract: Floats
+    gain: Floats | None
     n_pixels: npt.NDArray[np.intp]
     pixel: npt.NDArray[np.intp]
     factor: Floats
-    scene_flux: Floats
-    scene_variance: Floats
-    noise: tuple[float, float] | None
+    still: Floats
+    rise: Floats
+    scene_error: Floats
+    whole: Whole | None
+    motion: Motion | None
     fill: Filling
 
 
@@ -67,9 +92,11 @@ def plan_reduction(
     mask: npt.NDArray[np.bool_],
     *,
     bin: int,  # noqa: A002 (the public name of this option)
-    statistic: str = "median",
+    statistic: str = "whole",
     scene_err: Floats | None = None,
     noise: tuple[float, float] | None = None,
+    slopes: Floats | None = None,
+    response: Floats | None = None,
 ) -> Plan:
     """Prepare the reduction of the frames of one CCD.
 
@@ -81,11 +108,19 @@ def plan_reduction(
         True where pixels are left out of every frame.
     bin : int
         Pixels along the side of a bin.
-    statistic : {"median", "mean", "clipped", "rolling", "sparse"}
+    statistic : {"whole", "median", "mean", "clipped", "rolling", "sparse"}
+        `whole` (:mod:`tessbkg.whole`) is the mean light of all pixels of a bin, masked ones interpolated, free of
+        outliers and of what moving stars leave. The others are of the unmasked pixels as they are: `median`;
+        `mean`; `clipped`, the mean within 3 sigmas of the median; `rolling`, halving the image by medians of
+        overlapping 4 x 4 windows; `sparse`, the one pixel nearest the centre.
     scene_err : (rows, columns) float32, optional
         One sigma of the scene.
     noise : (float, float), optional
         a and b of the noise law, for errors without the uncertainty image.
+    slopes : (2, rows, columns) float32, optional
+        Slopes of the scene, as :class:`tessbkg.scene.Scene` has them; by default those of its spline.
+    response : (columns,) float32, optional
+        Response of each column to light; 1 by default.
 
     Raises
     ------
@@ -100,32 +135,58 @@ def plan_reduction(
     if statistic == "rolling" and bin & (bin - 1):
         raise ValueError(f"bin={bin} is not allowed with statistic='rolling': it must be a power of two")
     valid = ~mask & np.isfinite(scene)
-    subtract = np.where(valid, scene, -np.inf).astype(np.float32)
+    gain = None
+    if response is not None and (response != 1).any():
+        gain = (1 / response).astype(np.float32)
     counts = _blocks(valid, bin).sum(axis=2)
-    variance = np.zeros_like(scene) if scene_err is None else np.square(scene_err)
-    plan = Plan(
+    a, b = noise or (np.nan, np.nan)
+    variance = a * np.maximum(np.where(valid, scene, 0), 0) + b
+    scene_variance = np.zeros_like(scene) if scene_err is None else np.square(scene_err)
+    pixel = _central_pixel(valid, bin)
+    whole, motion, filled = None, None, counts == 0
+    if statistic in {"whole", "mean"}:
+        terms = scene_terms(scene) if statistic == "whole" else np.zeros((TERMS, *scene.shape), np.float32)
+        if slopes is not None:
+            terms[:2] = slopes
+        unit = np.ones(columns, dtype=np.float32)
+        whole = prepare_whole(scene, valid, bin, unit if gain is None else gain, terms, noise or NOISE, CEILING)
+    if whole is not None and statistic == "whole":
+        motion = prepare_motion(whole.scene, terms, noise or NOISE)
+        filled = ~whole.reached
+        squares = weigh(whole, np.ones_like(scene), squared=True)
+        factor = np.where(filled, np.nan, np.sqrt(squares)).astype(np.float32)
+        known = np.where(np.isfinite(scene_variance), scene_variance, 0).astype(np.float32)
+        still = weigh(whole, variance.astype(np.float32), squared=True)
+        scene_square, rise = weigh(whole, known, squared=True), a * squares
+    else:
+        factor = _error_factor(valid, counts, bin, statistic)
+        if statistic == "sparse":
+            index = np.maximum(pixel, 0)
+            still, scene_square = (image.reshape(-1)[index] for image in (variance, scene_variance))
+        else:
+            still, scene_square = (
+                _mean(np.where(valid, image, 0), counts, bin) for image in (variance, scene_variance)
+            )
+        still, scene_square, rise = still * factor**2, scene_square * factor**2, a * factor**2
+    fill = Filling(filled)
+    scene_error = np.sqrt(scene_square).astype(np.float32)
+    scene_error[filled] = np.nan
+    fill(scene_error)
+    return Plan(
         size=bin,
         statistic=statistic,
-        shape=counts.shape,
-        subtract=subtract,
+        shape=(counts.shape[0], counts.shape[1]),
+        subtract=np.where(valid, scene, -np.inf).astype(np.float32) if whole is None else whole.scene,
+        gain=gain,
         n_pixels=counts,
-        pixel=_central_pixel(valid, bin),
-        factor=_error_factor(valid, counts, bin, statistic),
-        scene_flux=_mean(np.where(valid, scene, 0), counts, bin),
-        scene_variance=_mean(np.where(valid, variance, 0), counts, bin),
-        noise=noise,
-        fill=Filling(counts == 0),
-    )
-    if statistic != "sparse":
-        return plan
-    rows_columns = np.unravel_index(np.maximum(plan.pixel, 0), scene.shape)
-    empty = counts == 0
-    return Plan(
-        **{
-            **plan.__dict__,
-            "scene_flux": np.where(empty, np.nan, scene[rows_columns]).astype(np.float32),
-            "scene_variance": np.where(empty, np.nan, variance[rows_columns]).astype(np.float32),
-        }
+        pixel=pixel,
+        factor=factor,
+        still=still.astype(np.float32),
+        rise=rise.astype(np.float32),
+        scene_error=scene_error,
+        whole=whole,
+        motion=motion,
+        fill=fill,
     )
 
 
@@ -144,11 +205,12 @@ def reduce_frame(flux: Floats, plan: Plan, flux_err: Floats | None = None) -> tu
     Returns
     -------
     value : (ny, nx) float32, electron s-1
-        Scattered light. Bins that the mask leaves empty are filled from their neighbours; bins that are
-        empty in this frame only are NaN.
+        Scattered light. Bins that no unmasked pixel says anything of are filled from their neighbours; bins
+        that are empty in this frame only are NaN.
     error : (ny, nx) float32, electron s-1
-        One sigma of `value`, noise of the frame and of the scene. A filled bin has the error that its
-        neighbours' errors are filled with.
+        One sigma of `value`: noise of the frame and of the scene, and for `whole` what moved stars and
+        interpolating across structure may be off. A filled bin has the error that its neighbours' errors are
+        filled with.
 
     Raises
     ------
@@ -157,34 +219,41 @@ def reduce_frame(flux: Floats, plan: Plan, flux_err: Floats | None = None) -> tu
     """
     if flux.shape != plan.subtract.shape:
         raise ValueError(f"frame of shape {flux.shape} does not fit a scene of shape {plan.subtract.shape}")
-    variance = None if flux_err is None else np.square(flux_err)
+    more: Floats | np.float32 = np.float32(0)
     if plan.statistic == "sparse":
-        value, sigma2 = _sparse(flux, plan, variance)
+        value = _sparse(flux, plan)
     elif plan.statistic == "rolling":
-        value, sigma2 = _rolling(flux, plan), None
+        value = _rolling(flux, plan)
+    elif plan.whole is not None:
+        flux = np.ascontiguousarray(flux)
+        value, mean, added = reduce_whole(flux, plan.whole, plan.motion, plain=plan.statistic == "mean")
+        if plan.statistic == "whole":
+            more = np.square(MOTION_ERROR * added)
     else:
-        value, sigma2 = _blockwise(flux, plan), None
-    if sigma2 is None:
-        sigma2 = _pixel_variance(value, plan, variance, flux)
+        value = _blockwise(flux, plan)
+    if flux_err is None:
+        variance = plan.still + plan.rise * np.maximum(value, 0)
+    else:
+        variance = _pixel_variance(flux, flux_err, plan) * plan.factor**2
     with np.errstate(invalid="ignore"):
-        error = plan.factor * np.sqrt(sigma2)
+        error = np.sqrt(variance + np.square(plan.scene_error) + more)
     error[np.isnan(value)] = np.nan
     plan.fill(value)
     plan.fill(error)
     return value, error
 
 
-def _pixel_variance(value: Floats, plan: Plan, variance: Floats | None, flux: Floats) -> Floats:
-    """Mean variance of a pixel of each bin: of the frame by UNCERT or the noise law, plus the scene's."""
-    if variance is not None:
-        used = np.isfinite(plan.subtract) & np.isfinite(variance) & np.isfinite(flux)
-        counts = _blocks(used, plan.size).sum(axis=2)
-        return _mean(np.where(used, variance, 0), counts, plan.size) + plan.scene_variance
-    if plan.noise is None:
-        return np.full(plan.shape, np.nan, dtype=np.float32)
-    a, b = plan.noise
-    flux_mean = np.maximum(plan.scene_flux + value, 0)
-    return (a * flux_mean + b + plan.scene_variance).astype(np.float32)
+def _pixel_variance(flux: Floats, flux_err: Floats, plan: Plan) -> Floats:
+    """Mean variance of the pixels of each bin by their uncertainties."""
+    variance = np.square(flux_err)
+    if plan.statistic == "sparse":
+        return variance.reshape(-1)[np.maximum(plan.pixel, 0)]
+    used = np.isfinite(plan.subtract) & np.isfinite(variance) & np.isfinite(flux)
+    if plan.whole is not None:
+        rows, columns = plan.whole.used.shape
+        used[:rows, :columns] &= plan.whole.used
+    counts = _blocks(used, plan.size).sum(axis=2)
+    return _mean(np.where(used, variance, 0), counts, plan.size)
 
 
 def _blockwise(flux: Floats, plan: Plan) -> Floats:
@@ -194,10 +263,13 @@ def _blockwise(flux: Floats, plan: Plan) -> Floats:
     pixels = np.empty((nx, size, size), dtype=np.float32)
     flat = pixels.reshape(nx, size * size)
     value = np.empty(plan.shape, dtype=np.float32)
-    statistic = {"median": _median, "mean": _mean_of, "clipped": _clipped}[plan.statistic]
+    statistic = _median if plan.statistic == "median" else _clipped
+    gain = None if plan.gain is None else plan.gain[: nx * size]
     for j in range(ny):
         rows = slice(j * size, (j + 1) * size)
         np.subtract(flux[rows, : nx * size], plan.subtract[rows, : nx * size], out=strip)
+        if gain is not None:
+            strip *= gain
         pixels[...] = strip.reshape(size, nx, size).transpose(1, 0, 2)
         value[j] = statistic(flat, plan.n_pixels[j])
     return value
@@ -216,14 +288,6 @@ def _median(flat: Floats, counts: npt.NDArray[np.intp]) -> Floats:
     middle: Floats = (flat[row, low] + flat[row, np.minimum(high, flat.shape[1] - 1)]) / 2
     middle[counts == 0] = np.nan
     return middle
-
-
-def _mean_of(flat: Floats, counts: npt.NDArray[np.intp]) -> Floats:
-    """Mean of the finite values of each row."""
-    finite = np.isfinite(flat)
-    counts = finite.sum(axis=1)
-    total = np.where(finite, flat, 0).sum(axis=1, dtype=np.float64)
-    return np.where(counts > 0, total / np.maximum(counts, 1), np.nan).astype(np.float32)
 
 
 def _clipped(flat: Floats, counts: npt.NDArray[np.intp]) -> Floats:
@@ -248,6 +312,8 @@ def _rolling(flux: Floats, plan: Plan) -> Floats:
     window = np.s_[: ny * size, : nx * size]
     image = flux[window] - plan.subtract[window]
     image[np.isinf(image)] = np.nan
+    if plan.gain is not None:
+        image *= plan.gain[: nx * size]
     while image.shape[0] > ny:
         image = _halve(image)
     return image
@@ -267,12 +333,14 @@ def _halve(image: Floats) -> Floats:
     return half
 
 
-def _sparse(flux: Floats, plan: Plan, variance: Floats | None) -> tuple[Floats, Floats | None]:
-    """Value and variance of one pixel a bin."""
-    index, empty = np.maximum(plan.pixel, 0), plan.n_pixels == 0
-    value = flux.ravel()[index] - np.where(empty, 0, plan.scene_flux)
-    value[empty | ~np.isfinite(value)] = np.nan
-    return value, None if variance is None else variance.ravel()[index] + plan.scene_variance
+def _sparse(flux: Floats, plan: Plan) -> Floats:
+    """Value of one pixel a bin."""
+    index = np.maximum(plan.pixel, 0)
+    value: Floats = flux.reshape(-1)[index] - plan.subtract.reshape(-1)[index]
+    if plan.gain is not None:
+        value *= plan.gain[index % flux.shape[1]]
+    value[~np.isfinite(value)] = np.nan
+    return value
 
 
 def _blocks(image: npt.NDArray[np.generic], size: int) -> npt.NDArray[np.generic]:
