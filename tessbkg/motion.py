@@ -8,8 +8,8 @@ A frame shows the scene S moved by d = (dy, dx)::
 Slopes and curvatures are those of the cubic spline through the pixels. d is linear in row and column: six
 numbers a frame, fitted to the bright stars. What is static is prepared once.
 
-TESS undersamples its stars: the spline's slopes are some 12 % off. Where dark frames that stand apart show
-better, :func:`refine_slopes` corrects them pixel by pixel.
+TESS undersamples its stars: the spline's terms are some 12 % off. Where dark frames that stand apart show
+better, :func:`refine_terms` corrects them pixel by pixel.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ SHAPE_ERROR: Final = 0.02
 """The expansion is this far off, in pixels times gradient, beside the noise; weighs tracers."""
 
 
-SLOPE_ERROR: Final = 0.12
-"""Error of the spline's slopes as a share of slopes and curvatures, on stars of 2 pixels FWHM."""
+TERM_ERRORS: Final = np.array([0.12, 0.12, 0.1, 0.3, 0.1], dtype=np.float32)
+"""Errors of the spline's terms as a share of slope and curvature, on stars of 2 pixels FWHM."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -223,34 +223,33 @@ def prepare_motion(scene: Floats, terms: Floats, noise: tuple[float, float]) -> 
     )
 
 
-def refine_slopes(
-    residual: Floats, dy: Floats, dx: Floats, terms: Floats, variance: Floats
-) -> None:
-    """Correct the slopes of a strip by what frames that stand apart show there, in place.
+def refine_terms(residual: Floats, moved: Floats, terms: Floats, variance: Floats) -> None:
+    """Correct the terms of a part of a scene by what frames that stand apart show there, in place.
 
-    Ridge regression of the residuals on the motions, the prior being the spline's slope with an error of
-    SLOPE_ERROR of the slopes and curvatures there.
+    Ridge regression of each pixel's residuals on the motions; the prior are the spline's terms with errors of
+    TERM_ERRORS of the slope and curvature there.
 
     Parameters
     ----------
     residual : (n, rows, columns) float32, electron s-1
         Frames minus scene minus expansion; NaN is left out.
-    dy, dx : (n, rows, columns) float32
-        Motions of the frames in pixels.
+    moved : (n, 2) float32
+        dy and dx of the frames in pixels, here.
     terms : (5, rows, columns) float32
-        Of the strip; the first two change.
+        Changed.
     variance : (rows, columns) float32
         Noise of a frame.
     """
-    size = np.abs(terms[2]) + np.abs(terms[4])
-    np.maximum(size, np.hypot(terms[0], terms[1]), out=size)
-    prior = variance / np.maximum((SLOPE_ERROR * size) ** 2, 1e-12)
+    size = np.maximum(np.abs(terms[2]) + np.abs(terms[4]), np.hypot(terms[0], terms[1])) + np.float32(1e-3)
     rest = np.nan_to_num(residual, nan=0.0)
     # Cosmic rays and the like do not tell of slopes.
-    limit = 5 * np.sqrt(variance) + SLOPE_ERROR * 5 * size * np.hypot(dy, dx).max(axis=0)
+    limit = 5 * (np.sqrt(variance) + TERM_ERRORS[0] * size * np.hypot(*moved.T).max())
     rest[np.abs(rest) > limit] = 0
-    yy, xx, xy = (dy * dy).sum(axis=0) + prior, (dx * dx).sum(axis=0) + prior, (dy * dx).sum(axis=0)
-    ry, rx = (dy * rest).sum(axis=0), (dx * rest).sum(axis=0)
-    determinant = yy * xx - xy * xy
-    terms[0] += (xx * ry - xy * rx) / determinant
-    terms[1] += (yy * rx - xy * ry) / determinant
+    dy, dx = moved.T
+    design = np.stack([dy, dx, dy * dy, dy * dx, dx * dx], axis=1) * TERM_ERRORS
+    u, s, v = np.linalg.svd(design.astype(np.float64), full_matrices=False)
+    along = (u.T.astype(np.float32) @ rest.reshape(len(rest), -1)).reshape(-1, *size.shape)
+    s = s.astype(np.float32)[:, None, None]
+    along *= s / (s * s + variance / size**2)
+    change = v.T.astype(np.float32) @ along.reshape(len(along), -1)
+    terms += TERM_ERRORS[:, None, None] * change.reshape(terms.shape)

@@ -95,7 +95,7 @@ def plan_reduction(
     statistic: str = "whole",
     scene_err: Floats | None = None,
     noise: tuple[float, float] | None = None,
-    slopes: Floats | None = None,
+    terms: Floats | None = None,
     response: Floats | None = None,
 ) -> Plan:
     """Prepare the reduction of the frames of one CCD.
@@ -117,8 +117,8 @@ def plan_reduction(
         One sigma of the scene.
     noise : (float, float), optional
         a and b of the noise law, for errors without the uncertainty image.
-    slopes : (2, rows, columns) float32, optional
-        Slopes of the scene, as :class:`tessbkg.scene.Scene` has them; by default those of its spline.
+    terms : (5, rows, columns) float32, optional
+        What stars that move add, as :class:`tessbkg.scene.Scene` has it; by default by the scene's spline.
     response : (columns,) float32, optional
         Response of each column to light; 1 by default.
 
@@ -145,12 +145,13 @@ def plan_reduction(
     pixel = _central_pixel(valid, bin)
     whole, motion, filled = None, None, counts == 0
     if statistic in {"whole", "mean"}:
-        terms = scene_terms(scene) if statistic == "whole" else np.zeros((TERMS, *scene.shape), np.float32)
-        if slopes is not None:
-            terms[:2] = slopes
+        if statistic == "mean":
+            terms = np.zeros((TERMS, *scene.shape), dtype=np.float32)
+        elif terms is None:
+            terms = scene_terms(scene)
         unit = np.ones(columns, dtype=np.float32)
         whole = prepare_whole(scene, valid, bin, unit if gain is None else gain, terms, noise or NOISE, CEILING)
-    if whole is not None and statistic == "whole":
+    if whole is not None and terms is not None and statistic == "whole":
         motion = prepare_motion(whole.scene, terms, noise or NOISE)
         filled = ~whole.reached
         squares = weigh(whole, np.ones_like(scene), squared=True)

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from scipy import ndimage
 
 from tessbkg.ccd import STRAP_COLUMNS
-from tessbkg.motion import displacement, expand, place, prepare_motion, refine_slopes, scene_terms
+from tessbkg.motion import displacement, expand, place, prepare_motion, refine_terms, scene_terms
 from tessbkg.reduce import plan_reduction, reduce_frame
 
 Floats = npt.NDArray[np.float32]
@@ -46,6 +46,9 @@ STRAP_REFERENCE: Final = 4
 
 STRAP_ROWS: Final = 64
 """Rows of a block of which a strap's response is measured once."""
+
+STRAP_SLOPE: Final = 20.0
+"""Pixels where the scene is steeper, electron s-1 per pixel, do not tell: stars move."""
 
 STRAP_LIGHT: Final = 1.0
 """Light, electron s-1, below which a block of rows does not tell a response."""
@@ -86,8 +89,8 @@ class MaskOptions:
         Columns by which straps grow; the neighbours are 0.7 % brighter.
     """
 
-    star_level: float = 100.0
-    star_gradient: float = 60.0
+    star_level: float = 200.0
+    star_gradient: float = 120.0
     star_dilation: int = 1
     saturation: float = 4e4
     bleed: int = 8
@@ -110,8 +113,8 @@ class Scene:
         a and b of the noise law of a frame: variance of a pixel = a * flux + b.
     dark_frames : tuple of str
         File names of the frames it was made of.
-    slopes : (2, rows, columns) float32, electron s-1 per pixel, optional
-        What a pixel gains when the stars move by one pixel along rows, along columns.
+    terms : (5, rows, columns) float32, electron s-1, optional
+        What a pixel gains when the stars move (:mod:`tessbkg.motion`).
     response : (columns,) float32, optional
         Response of each column to light: over straps it is 1-2 % more than 1.
     """
@@ -121,7 +124,7 @@ class Scene:
     mask: npt.NDArray[np.uint8]
     noise: tuple[float, float]
     dark_frames: tuple[str, ...] = ()
-    slopes: Floats | None = None
+    terms: Floats | None = None
     response: Floats | None = None
 
 
@@ -209,8 +212,9 @@ def make_scene(
     response = np.ones(flux.shape[1], dtype=np.float32)
     if bright is not None and not options.straps:
         straps = _strap_columns(flux.shape[1], first_column, options.strap_dilation)
-        response = strap_response(bright, flux, mask != 0, straps)
-    return Scene(flux, error, mask, noise, dark_frames, terms[:2], response)
+        steep = np.hypot(terms[0], terms[1]) > STRAP_SLOPE
+        response = strap_response(bright, flux, steep | (mask != 0), straps)
+    return Scene(flux, error, mask, noise, dark_frames, terms, response)
 
 
 def _combine_moving(frames: list[Floats], noise: tuple[float, float]) -> tuple[Floats, Floats, Floats]:
@@ -236,18 +240,37 @@ def _combine_moving(frames: list[Floats], noise: tuple[float, float]) -> tuple[F
                     for frame, motion in zip(frames, moved, strict=True)
                 ]
             )
-            where = (np.stack(d) for d in zip(*(displacement(m, y[rows], x) for m in moved), strict=True))
-            dy, dx = (np.broadcast_to(d, strip.shape) for d in where)
-            centre = np.nanmedian(strip, axis=0) if turn else flux[rows]
-            before = terms[:2, rows].copy()
-            variance = noise[0] * np.maximum(centre, 0) + noise[1]
             if turn:
-                refine_slopes(strip - centre, dy, dx, terms[:, rows], variance)
-                strip -= dy * (terms[0, rows] - before[0]) + dx * (terms[1, rows] - before[1])
+                flux[rows] = np.nanmedian(strip, axis=0)
+                strip += _refine(strip - flux[rows], moved, terms[:, rows], flux[rows], noise, y[rows], x)
             flux[rows], error[rows] = _combine(strip, noise)
         if not turn:
             terms = scene_terms(flux)
     return flux, error, terms
+
+
+def _refine(
+    residual: Floats,
+    moved: Floats,
+    terms: Floats,
+    flux: Floats,
+    noise: tuple[float, float],
+    y: Floats,
+    x: Floats,
+) -> Floats:
+    """Refine the terms of a strip, in place, block by block; what that takes off the frames."""
+    change = np.empty_like(residual)
+    for first in range(0, flux.shape[1], STRIP_ROWS):
+        block = np.s_[:, first : first + STRIP_ROWS]
+        every = np.s_[:, *block]
+        here = np.array([displacement(m, y.mean(), x[block[1]].mean()) for m in moved], dtype=np.float32)
+        before = terms[every].copy()
+        variance = noise[0] * np.maximum(flux[block], 0) + noise[1]
+        refine_terms(residual[every], here, terms[every], np.asarray(variance, dtype=np.float32))
+        before -= terms[every]
+        for target, motion in zip(change, moved, strict=True):
+            target[block] = expand(motion, before, y, x[block[1]])
+    return change
 
 
 def _strips(rows: int) -> list[slice]:
@@ -297,8 +320,8 @@ def strap_response(
     Returns
     -------
     (columns,) float32
-        Response to light, 1 for all but `columns`: medians over blocks of rows of the light over that
-        interpolated between the nearest STRAP_REFERENCE columns to the left and the right.
+        Response to light, 1 for all but `columns`: the median over blocks of rows of the light over that
+        interpolated, row by row, between the nearest STRAP_REFERENCE columns to the left and the right.
     """
     n_columns = flux.shape[1]
     response = np.ones(n_columns, dtype=np.float32)
@@ -309,29 +332,38 @@ def strap_response(
         return response
     blocks = max(flux.shape[0] // STRAP_ROWS, 1)
     rows = flux.shape[0] // blocks * blocks
-    light, weight = np.zeros((2, blocks, n_columns))
-    for frame in bright:
-        rest = frame[:rows] - flux[:rows]
-        good = ~masked[:rows] & np.isfinite(rest)
-        light += np.where(good, rest, 0).reshape(blocks, -1, n_columns).sum(axis=1, dtype=np.float64)
-        weight += good.reshape(blocks, -1, n_columns).sum(axis=1)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        light /= weight
     for column in columns:
         at = np.searchsorted(plain, column)
         left, right = plain[max(at - STRAP_REFERENCE, 0) : at], plain[at : at + STRAP_REFERENCE]
-        near = np.concatenate([left, right])
-        if len(near) < 2 or not len(left) or not len(right):
+        if not len(left) or not len(right):
             continue
-        low, high = np.nanmean(light[:, left], axis=1), np.nanmean(light[:, right], axis=1)
-        share = (column - left.mean()) / (right.mean() - left.mean())
-        with np.errstate(invalid="ignore", divide="ignore"):
-            level = low + (high - low) * share
-            ratio = light[:, column] / level
-        ratio = ratio[np.isfinite(ratio) & (level > STRAP_LIGHT)]
-        if ratio.size >= 4:
+        over, level = [], []
+        for frame in bright:
+            near = [_light(frame, flux, masked, side, rows) for side in (left, right)]
+            here, _ = _light(frame, flux, masked, np.array([column]), rows)
+            (low, low_at), (high, high_at) = near
+            with np.errstate(invalid="ignore", divide="ignore"):
+                between = low + (high - low) * (column - low_at) / (high_at - low_at)
+            good = np.isfinite(here) & np.isfinite(between)
+            over.append(np.where(good, here, 0).reshape(blocks, -1).sum(axis=1))
+            level.append(np.where(good, between, 0).reshape(blocks, -1).sum(axis=1))
+        bright_enough = np.concatenate(level) > STRAP_LIGHT * (rows // blocks)
+        if bright_enough.sum() >= 4:
+            ratio = np.concatenate(over)[bright_enough] / np.concatenate(level)[bright_enough]
             response[column] = np.median(ratio)
     return response
+
+
+def _light(
+    frame: Floats, flux: Floats, masked: npt.NDArray[np.bool_], columns: npt.NDArray[np.intp], rows: int
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Mean light of every row's unmasked pixels in some columns, and their mean column; NaN if none."""
+    light = frame[:rows, columns] - flux[:rows, columns]
+    good = ~masked[:rows, columns] & np.isfinite(light)
+    number = good.sum(axis=1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        place_of = (good * columns).sum(axis=1) / number
+        return np.where(good, light, 0).sum(axis=1) / number, place_of
 
 
 def _strap_columns(n: int, first_column: int, dilation: int) -> npt.NDArray[np.intp]:
