@@ -112,7 +112,7 @@ def reduction_options(function: Any) -> Any:
         click.option("--drop-quality", type=click.IntRange(0, 65535), help="Reject frames with any of these bits of DQUALITY. [default: 16447]"),
         click.option("--dark-frames", default=16, show_default=True, type=click.IntRange(1, 32), help="Frames that the static scene is made of."),
         click.option("--errors", type=click.Choice(["model", "uncert"]), default="model", show_default=True, help="Error bars by the noise law, or by the uncertainty images (twice the bytes)."),
-        click.option("--statistic", type=click.Choice(["median", "mean", "clipped", "rolling", "sparse"]), default="median", show_default=True, help="What a bin's value is."),
+        click.option("--statistic", type=click.Choice(["whole", "median", "mean", "clipped", "rolling", "sparse"]), default="whole", show_default=True, help="What a bin's value is."),
         click.option("--bin", "bin_", default=16, show_default=True, type=int, help="Pixels along the side of a bin: a divisor of 2048."),
     ):
         function = option(function)

@@ -14,7 +14,16 @@ import numpy.typing as npt
 from scipy import sparse
 from scipy.sparse.linalg import splu
 
-from tessbkg.motion import TERMS, Motion, prepare_motion, scene_terms
+from tessbkg.motion import (
+    TERMS,
+    Motion,
+    distance_of,
+    expand,
+    expansion_error,
+    place,
+    prepare_motion,
+    scene_terms,
+)
 from tessbkg.whole import Whole, prepare_whole, reduce_whole, weigh
 
 Floats = npt.NDArray[np.float32]
@@ -27,14 +36,24 @@ CLIP_SIGMA: Final = 3.0
 NOISE: Final = (7.445e-4, 0.0197)
 """Noise law of sector 1, electron s-1 and (electron s-1)^2: weighs pixels where a plan has no law of its own."""
 
+HALVE_PIXELS: Final = 16384
+"""Pixels of a row of windows that `rolling` sorts at once: they stay in the processor's cache."""
+
 CEILING: Final = 4e4
 """Pixels this far above the scene are saturated, electron s-1: `whole` gives no value then."""
 
-MOTION_ERROR: Final = 0.1
-"""Error of what moved stars add to a bin, as a share of it."""
+STRUCTURE: Final = {"whole": (0.03, 0.3), "rolling": (0.25, 0.25)}
+"""Error of a bin where light has structure, as a share of its second differences from bin to bin: a constant,
+and what comes with the share of masked pixels; measured on simulated frames with sharp glints."""
 
-STRUCTURE_ERROR: Final = 0.5
-"""Error of interpolated light, as a share of what interpolating changes."""
+STRUCTURE_SIMPLE: Final = (0.22, 0.4)
+"""The same for the other statistics."""
+
+ROBUST_SHARE: Final = 1.5
+"""Error that moved stars leave in medians and clipped means, over that in the mean, which the terms are of."""
+
+NOTICED: Final = 36.0
+"""Squared second differences count from this many variances of a bin on: 12 is what noise makes."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,10 +82,16 @@ class Plan:
         Variance of a frame's bin without light, and its growth with the light; NaN without a noise law.
     scene_error : (ny, nx) float32
         The part of the error that is common to all frames: that of the scene.
+    noise : (float, float)
+        Noise law that weighs pixels.
     whole : Whole or None
         For `whole` and `mean`.
-    motion : Motion or None
-        Tracers of moving stars, for `whole`.
+    motion : Motion
+        Tracers of moving stars.
+    terms : (5, ny, nx) float32
+        What moved stars add to the mean of unmasked pixels; `whole` has its own.
+    blur : (ny, nx) float32
+        Noise that stars leave per pixel of motion, times the error of its terms.
     fill : Filling
         Fills bins that no pixel says anything of in an image of bins, in place.
     """
@@ -82,8 +107,11 @@ class Plan:
     still: Floats
     rise: Floats
     scene_error: Floats
+    noise: tuple[float, float]
     whole: Whole | None
-    motion: Motion | None
+    motion: Motion
+    terms: Floats
+    blur: Floats
     fill: Filling
 
 
@@ -143,16 +171,15 @@ def plan_reduction(
     variance = a * np.maximum(np.where(valid, scene, 0), 0) + b
     scene_variance = np.zeros_like(scene) if scene_err is None else np.square(scene_err)
     pixel = _central_pixel(valid, bin)
-    whole, motion, filled = None, None, counts == 0
+    whole, filled = None, counts == 0
+    if terms is None:
+        terms = scene_terms(scene)
+    moving, blur = np.zeros((TERMS, *counts.shape), dtype=np.float32), np.zeros(counts.shape, dtype=np.float32)
     if statistic in {"whole", "mean"}:
-        if statistic == "mean":
-            terms = np.zeros((TERMS, *scene.shape), dtype=np.float32)
-        elif terms is None:
-            terms = scene_terms(scene)
         unit = np.ones(columns, dtype=np.float32)
         whole = prepare_whole(scene, valid, bin, unit if gain is None else gain, terms, noise or NOISE, CEILING)
-    if whole is not None and terms is not None and statistic == "whole":
-        motion = prepare_motion(whole.scene, terms, noise or NOISE)
+    motion = prepare_motion(scene, terms, noise or NOISE)
+    if whole is not None and statistic == "whole":
         filled = ~whole.reached
         squares = weigh(whole, np.ones_like(scene), squared=True)
         factor = np.where(filled, np.nan, np.sqrt(squares)).astype(np.float32)
@@ -168,6 +195,13 @@ def plan_reduction(
             still, scene_square = (
                 _mean(np.where(valid, image, 0), counts, bin) for image in (variance, scene_variance)
             )
+        sums = [_mean(np.where(valid, term, 0), counts, bin) for term in terms]
+        steep = np.where(valid, terms[0] ** 2 + terms[1] ** 2, 0)
+        moving = np.nan_to_num(np.stack(sums))
+        blur = np.nan_to_num(factor * np.sqrt(_mean(steep, counts, bin)))
+        if statistic == "sparse":
+            moving = terms.reshape(TERMS, -1)[:, index]
+            blur = np.sqrt(steep.reshape(-1)[index])
         still, scene_square, rise = still * factor**2, scene_square * factor**2, a * factor**2
     fill = Filling(filled)
     scene_error = np.sqrt(scene_square).astype(np.float32)
@@ -185,8 +219,11 @@ def plan_reduction(
         still=still.astype(np.float32),
         rise=rise.astype(np.float32),
         scene_error=scene_error,
+        noise=noise or NOISE,
         whole=whole,
         motion=motion,
+        terms=moving,
+        blur=blur,
         fill=fill,
     )
 
@@ -227,21 +264,49 @@ def reduce_frame(flux: Floats, plan: Plan, flux_err: Floats | None = None) -> tu
         value = _rolling(flux, plan)
     elif plan.whole is not None:
         flux = np.ascontiguousarray(flux)
-        value, mean, added = reduce_whole(flux, plan.whole, plan.motion, plain=plan.statistic == "mean")
-        if plan.statistic == "whole":
-            more = np.square(MOTION_ERROR * added)
+        value, more = reduce_whole(flux, plan.whole, plan.motion, plain=plan.statistic == "mean")
     else:
         value = _blockwise(flux, plan)
+    if plan.statistic != "whole":
+        more = _take_motion_off(value, flux, plan)
     if flux_err is None:
         variance = plan.still + plan.rise * np.maximum(value, 0)
     else:
         variance = _pixel_variance(flux, flux_err, plan) * plan.factor**2
     with np.errstate(invalid="ignore"):
-        error = np.sqrt(variance + np.square(plan.scene_error) + more)
+        variance += np.square(plan.scene_error) + np.square(more)
+        error = np.sqrt(variance + _structure(value, variance, plan))
     error[np.isnan(value)] = np.nan
     plan.fill(value)
     plan.fill(error)
     return value, error
+
+
+def _take_motion_off(value: Floats, flux: Floats, plan: Plan) -> Floats:
+    """Take what moved stars add to the mean of bins off `value`, in place; the error of that."""
+    motion, (ny, nx) = plan.motion, plan.shape
+    row, column = np.divmod(motion.pixel, flux.shape[1])
+    at = np.minimum(row // plan.size, ny - 1), np.minimum(column // plan.size, nx - 1)
+    moved = motion.fit(flux, value[at], plan.noise)
+    y, x = (np.arange(n) * plan.size + (plan.size - 1) / 2 for n in plan.shape)
+    value -= expand(moved, plan.terms, place(y, flux.shape[0])[:, None], place(x, flux.shape[1]))
+    share = 1.0 if plan.statistic in {"mean", "sparse"} else ROBUST_SHARE
+    return np.float32(share * expansion_error(distance_of(moved))) * plan.blur
+
+
+def _structure(value: Floats, variance: Floats, plan: Plan) -> Floats:
+    """Variance of bins for the structure of the light, which no statistic follows exactly."""
+    if plan.statistic == "sparse":
+        constant, masked = 1.0, 0.0
+    else:
+        constant, masked = STRUCTURE.get(plan.statistic, STRUCTURE_SIMPLE)
+    share = constant + masked * (1 - plan.n_pixels / np.float32(plan.size**2))
+    bend = np.zeros_like(value)
+    for image, out in ((value, bend), (value.T, bend.T)):
+        if len(image) > 2:
+            second = np.square(image[2:] + image[:-2] - 2 * image[1:-1])
+            out[1:-1] += np.nan_to_num(second)
+    return np.asarray(np.square(share) * np.maximum(bend - NOTICED * variance, 0), dtype=np.float32)
 
 
 def _pixel_variance(flux: Floats, flux_err: Floats, plan: Plan) -> Floats:
@@ -321,17 +386,61 @@ def _rolling(flux: Floats, plan: Plan) -> Floats:
 
 
 def _halve(image: Floats) -> Floats:
-    """Medians of 4 x 4 windows, two pixels apart, one pixel beyond each edge; NaN is left out."""
+    """Medians of 4 x 4 windows, two pixels apart, one pixel beyond each edge; NaN is left out.
+
+    Windows share sorted 2 x 2 and 4 x 2 blocks, which networks of minima and maxima merge, many at once.
+    Windows with NaN are sorted one by one.
+    """
     rows, columns = (n // 2 for n in image.shape)
-    padded = np.full((image.shape[0] + 2, image.shape[1] + 2), np.nan, dtype=np.float32)
-    padded[1:-1, 1:-1] = image
-    windows = np.lib.stride_tricks.sliding_window_view(padded, (4, 4))[::2, ::2]
     half = np.empty((rows, columns), dtype=np.float32)
-    flat = np.empty((columns, 16), dtype=np.float32)
-    for row in range(rows):
-        flat.reshape(columns, 4, 4)[...] = windows[row]
-        half[row] = _median(flat, np.full(columns, 16))
+    step = max(HALVE_PIXELS // image.shape[1], 1)
+    for first in range(0, rows, step):
+        last = min(first + step, rows)
+        padded = np.full((2 * (last - first) + 2, image.shape[1] + 2), np.nan, dtype=np.float32)
+        top, bottom = max(2 * first - 1, 0), min(2 * last + 1, image.shape[0])
+        padded[top - 2 * first + 1 : bottom - 2 * first + 1, 1:-1] = image[top:bottom]
+        half[first:last] = _window_medians(padded)
     return half
+
+
+def _window_medians(padded: Floats) -> Floats:
+    """Medians of the 4 x 4 windows, two pixels apart, of an image."""
+    quad = _sort4(padded[::2, ::2], padded[::2, 1::2], padded[1::2, ::2], padded[1::2, 1::2])
+    pair = _merge4([q[:, :-1] for q in quad], [q[:, 1:] for q in quad])
+    upper, lower = [p[:-1] for p in pair], [p[1:] for p in pair]
+    low = np.minimum(upper[0], lower[7])
+    high = np.maximum(upper[0], lower[7])
+    for k in range(1, 8):  # the eight lowest and the eight highest of both: bitonic halves
+        np.maximum(low, np.minimum(upper[k], lower[7 - k]), out=low)
+        np.minimum(high, np.maximum(upper[k], lower[7 - k]), out=high)
+    middle: Floats = (low + high) / 2
+    row, column = np.nonzero(np.isnan(middle))
+    if row.size:
+        windows = np.lib.stride_tricks.sliding_window_view(padded, (4, 4))[::2, ::2]
+        few = windows[row, column].reshape(len(row), 16)
+        middle[row, column] = _median(few, np.full(len(few), 16))
+    return middle
+
+
+def _sort4(a: Floats, b: Floats, c: Floats, d: Floats) -> list[Floats]:
+    """Four images in order, pixel by pixel."""
+    a, b = np.minimum(a, b), np.maximum(a, b)
+    c, d = np.minimum(c, d), np.maximum(c, d)
+    lowest, second = np.minimum(a, c), np.maximum(a, c)
+    third, highest = np.minimum(b, d), np.maximum(b, d)
+    return [lowest, np.minimum(second, third), np.maximum(second, third), highest]
+
+
+def _merge4(a: list[Floats], b: list[Floats]) -> list[Floats]:
+    """Two lists of four images in order merged into one of eight."""
+    low = [np.minimum(a[k], b[3 - k]) for k in range(4)]
+    high = [np.maximum(a[k], b[3 - k]) for k in range(4)]
+    merged = []
+    for half in (low, high):
+        p, q = np.minimum(half[0], half[2]), np.maximum(half[0], half[2])
+        r, s = np.minimum(half[1], half[3]), np.maximum(half[1], half[3])
+        merged += [np.minimum(p, r), np.maximum(p, r), np.minimum(q, s), np.maximum(q, s)]
+    return merged
 
 
 def _sparse(flux: Floats, plan: Plan) -> Floats:

@@ -15,7 +15,16 @@ import numpy.typing as npt
 from scipy import ndimage
 
 from tessbkg.ccd import STRAP_COLUMNS
-from tessbkg.motion import displacement, expand, place, prepare_motion, refine_terms, scene_terms
+from tessbkg.motion import (
+    displacement,
+    distance_of,
+    expand,
+    expansion_error,
+    place,
+    prepare_motion,
+    refine_terms,
+    scene_terms,
+)
 from tessbkg.reduce import plan_reduction, reduce_frame
 
 Floats = npt.NDArray[np.float32]
@@ -40,6 +49,9 @@ SAME_LEVEL: Final = 0.01
 MUCH_LIGHT: Final = 2.0
 """A dark frame with this much more light somewhere, electron s-1, is not used if there are three with less:
 light with sharp edges does not go away on bins of 32 pixels."""
+
+SCENE_SHARE: Final = 0.7
+"""Error of the scene where stars moved, over that of a frame whose stars moved like those of the dark frames."""
 
 STRAP_REFERENCE: Final = 4
 """Columns on either side that tell the light on a strap."""
@@ -246,6 +258,9 @@ def _combine_moving(frames: list[Floats], noise: tuple[float, float]) -> tuple[F
             flux[rows], error[rows] = _combine(strip, noise)
         if not turn:
             terms = scene_terms(flux)
+        else:
+            typical = float(np.sqrt(np.mean([distance_of(motion) ** 2 for motion in moved])))
+            error = np.hypot(error, np.float32(SCENE_SHARE * expansion_error(typical)) * np.hypot(terms[0], terms[1]))
     return flux, error, terms
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import sparse
 
-from tessbkg.motion import TERMS, Motion, displacement, expand, place
+from tessbkg.motion import TERMS, Motion, displacement, distance_of, expand, expansion_error, place
 
 Floats = npt.NDArray[np.float32]
 Bools = npt.NDArray[np.bool_]
@@ -71,6 +71,8 @@ class Whole:
         `weights` applied to the scene.
     terms : (5, ny, nx) float32
         What moved stars add (:mod:`tessbkg.motion`).
+    blur : (ny, nx) float32
+        Weighted root sum of squares of the slopes of the scene: what a badly told motion does to a bin.
     noise : (float, float)
         a and b of the noise law.
     ceiling : float
@@ -92,6 +94,7 @@ class Whole:
     weights: sparse.csr_array
     offset: Floats
     terms: Floats
+    blur: Floats
     noise: tuple[float, float]
     ceiling: float
 
@@ -162,11 +165,13 @@ def prepare_whole(
         weights=weights,
         offset=(weights @ scene[row, column]).reshape(ny, nx),
         terms=np.empty((TERMS, ny, nx), dtype=np.float32),
+        blur=np.empty((ny, nx), dtype=np.float32),
         noise=noise,
         ceiling=ceiling,
     )
     for k in range(TERMS):
         plan.terms[k] = weigh(plan, terms[k])
+    plan.blur[...] = np.sqrt(weigh(plan, terms[0] ** 2 + terms[1] ** 2, squared=True))
     return plan
 
 
@@ -251,7 +256,7 @@ def _nearest(used: Bools) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
 
 def reduce_whole(
     flux: Floats, plan: Whole, motion: Motion | None, *, plain: bool = False
-) -> tuple[Floats, Floats, Floats]:
+) -> tuple[Floats, Floats]:
     """Reduce one frame.
 
     Parameters
@@ -267,10 +272,8 @@ def reduce_whole(
     -------
     value : (ny, nx) float32, electron s-1
         NaN where no pixel says anything and where a used pixel is saturated.
-    mean : (ny, nx) float32, electron s-1
-        Plain mean of the used pixels, with moved stars and outliers in it.
-    added : (ny, nx) float32, electron s-1
-        What moved stars had added, which is taken off `value` already.
+    error : (ny, nx) float32, electron s-1
+        What may be wrong with what moved stars add, which is taken off the value.
     """
     ny, nx = plan.shape
     size = plan.size
@@ -283,7 +286,7 @@ def reduce_whole(
     with np.errstate(invalid="ignore", divide="ignore"):
         mean = np.where(number > 0, total / number, np.float32(np.nan))
     if plain:
-        return mean, mean, np.zeros_like(mean)
+        return mean, np.zeros_like(mean)
     donated = flux.reshape(-1)[plan.donors]
     if lost is not None:
         _replace_lost(donated, mean, plan)
@@ -301,15 +304,10 @@ def reduce_whole(
             donated[at[hit]] += change[hit]
     value += (plan.weights @ donated).reshape(ny, nx)
     rows, columns = flux.shape
-    added = expand(
-        moved,
-        plan.terms,
-        place(np.arange(ny) * size + (size - 1) / 2, rows)[:, None],
-        place(np.arange(nx) * size + (size - 1) / 2, columns),
-    )
-    value -= added
+    y, x = (np.arange(n) * size + (size - 1) / 2 for n in plan.shape)
+    value -= expand(moved, plan.terms, place(y, rows)[:, None], place(x, columns))
     value[~plan.reached] = np.nan
-    return value, mean, added
+    return value, np.float32(expansion_error(distance_of(moved))) * plan.blur
 
 
 def _sum_strips(flux: Floats, plan: Whole) -> tuple[Floats, Floats, Floats | None]:
