@@ -36,7 +36,7 @@ CLIP_SIGMA: Final = 3.0
 NOISE: Final = (7.445e-4, 0.0197)
 """Noise law of sector 1, electron s-1 and (electron s-1)^2: weighs pixels where a plan has no law of its own."""
 
-HALVE_PIXELS: Final = 16384
+HALVE_PIXELS: Final = 65536
 """Pixels of a row of windows that `rolling` sorts at once: they stay in the processor's cache."""
 
 CEILING: Final = 4e4
@@ -52,7 +52,7 @@ STRUCTURE_SIMPLE: Final = (0.22, 0.4)
 ROBUST_SHARE: Final = 1.5
 """Error that moved stars leave in medians and clipped means, over that in the mean, which the terms are of."""
 
-NOTICED: Final = 36.0
+NOTICED: Final = 80.0
 """Squared second differences count from this many variances of a bin on: 12 is what noise makes."""
 
 
@@ -416,9 +416,28 @@ def _window_medians(padded: Floats) -> Floats:
     middle: Floats = (low + high) / 2
     row, column = np.nonzero(np.isnan(middle))
     if row.size:
-        windows = np.lib.stride_tricks.sliding_window_view(padded, (4, 4))[::2, ::2]
-        few = windows[row, column].reshape(len(row), 16)
-        middle[row, column] = _median(few, np.full(len(few), 16))
+        at = 2 * row * padded.shape[1] + 2 * column
+        offsets = np.add.outer(np.arange(4) * padded.shape[1], np.arange(4)).reshape(16, 1)
+        few = padded.reshape(-1)[at + offsets]
+        middle[row, column] = _few_medians(few)
+    return middle
+
+
+def _few_medians(values: Floats) -> Floats:
+    """Medians along the first axis, which is 16 long; NaN is left out."""
+    missing = np.isnan(values)
+    count = 16 - np.add.reduce(missing.view(np.uint8), axis=0)
+    values[missing] = np.inf
+    a, b, c, d = (_sort4(*values[k : k + 4]) for k in (0, 4, 8, 12))
+    first, second = _merge4(a, b), _merge4(c, d)
+    # The eight lowest: both middles of up to 15 values are among them.
+    lowest = [np.minimum(first[k], second[7 - k]) for k in range(8)]
+    halves = [(np.minimum(lowest[k], lowest[k + 4]), np.maximum(lowest[k], lowest[k + 4])) for k in range(4)]
+    ordered = np.stack([value for half in (0, 1) for value in _merge_bitonic([pair[half] for pair in halves])])
+    column = np.arange(values.shape[1])
+    low, high = np.maximum(count.astype(np.intp) - 1, 0) // 2, count.astype(np.intp) // 2
+    middle: Floats = (ordered[low, column] + ordered[high, column]) / 2
+    middle[count == 0] = np.nan
     return middle
 
 
@@ -435,12 +454,14 @@ def _merge4(a: list[Floats], b: list[Floats]) -> list[Floats]:
     """Two lists of four images in order merged into one of eight."""
     low = [np.minimum(a[k], b[3 - k]) for k in range(4)]
     high = [np.maximum(a[k], b[3 - k]) for k in range(4)]
-    merged = []
-    for half in (low, high):
-        p, q = np.minimum(half[0], half[2]), np.maximum(half[0], half[2])
-        r, s = np.minimum(half[1], half[3]), np.maximum(half[1], half[3])
-        merged += [np.minimum(p, r), np.maximum(p, r), np.minimum(q, s), np.maximum(q, s)]
-    return merged
+    return _merge_bitonic(low) + _merge_bitonic(high)
+
+
+def _merge_bitonic(four: list[Floats]) -> list[Floats]:
+    """Order four images that rise and then fall, or are a rotation of such, pixel by pixel."""
+    p, q = np.minimum(four[0], four[2]), np.maximum(four[0], four[2])
+    r, s = np.minimum(four[1], four[3]), np.maximum(four[1], four[3])
+    return [np.minimum(p, r), np.maximum(p, r), np.minimum(q, s), np.maximum(q, s)]
 
 
 def _sparse(flux: Floats, plan: Plan) -> Floats:
