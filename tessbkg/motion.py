@@ -15,7 +15,7 @@ better, :func:`refine_terms` corrects them pixel by pixel.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -119,23 +119,23 @@ class Motion:
         return np.asarray(found)
 
     def places(self, pixel: npt.NDArray[np.intp]) -> tuple[Floats, Floats]:
-        """y and x of flat indices, from -1 to 1."""
+        """Give y and x of flat indices, from -1 to 1."""
         row, column = np.divmod(pixel, self.shape[1])
         return place(row, self.shape[0]), place(column, self.shape[1])
 
 
-def place(position: npt.NDArray[np.generic], n: int) -> Floats:
+def place(position: npt.NDArray[np.number[Any]], n: int) -> Floats:
     """Scale pixel positions along an axis of `n` pixels to -1 to 1."""
     return np.asarray(position * (2 / max(n - 1, 1)) - 1, dtype=np.float32)
 
 
 def displacement(motion: npt.NDArray[np.floating], y: Floats, x: Floats) -> tuple[Floats, Floats]:
-    """dy and dx in pixels of a motion at y and x."""
+    """Give dy and dx of a motion at y and x, in pixels."""
     return motion[0] + motion[1] * y + motion[2] * x, motion[3] + motion[4] * y + motion[5] * x
 
 
 def expand(motion: npt.NDArray[np.floating], terms: Floats, y: Floats, x: Floats) -> Floats:
-    """What a motion adds to pixels or bins with `terms` (5, ...) at y and x, electron s-1."""
+    """Compute what a motion adds to pixels or bins with `terms` (5, ...) at y and x, electron s-1."""
     dy, dx = displacement(motion.astype(np.float32), y, x)
     added: Floats = dy * terms[0] + dx * terms[1]
     added += dy * (dy * terms[2] + dx * terms[3])
@@ -150,7 +150,7 @@ def expansion_error(distance: float) -> float:
 
 def distance_of(motion: npt.NDArray[np.floating]) -> float:
     """Root mean square distance, over the frame, that stars moved, in pixels."""
-    return float(np.sqrt((np.asarray(motion) ** 2 @ np.array([1, 1 / 3, 1 / 3, 1, 1 / 3, 1 / 3]))))
+    return float(np.sqrt(motion**2 @ np.array([1, 1 / 3, 1 / 3, 1, 1 / 3, 1 / 3])))
 
 
 def scene_terms(scene: Floats) -> Floats:
@@ -164,8 +164,8 @@ def scene_terms(scene: Floats) -> Floats:
     Returns
     -------
     (5, rows, columns) float32
-        -S_y, -S_x, S_yy / 2, S_xy, S_xx / 2 in electron s-1 per pixel (squared). Slopes are held to 1.5 times
-        the larger of the steps to the two neighbours, which keeps the spline from ringing at saturated pixels.
+        -S_y, -S_x, S_yy / 2, S_xy, S_xx / 2 in electron s-1 per pixel (squared). Slopes are held to 1.5
+        times the larger step to the two neighbours, lest the spline ring at saturated pixels.
     """
     terms = np.zeros((TERMS, *scene.shape), dtype=np.float32)
     if min(scene.shape) < 6:
@@ -199,7 +199,7 @@ def _bend(image: Floats) -> Floats:
 def _step(image: Floats) -> Floats:
     """Larger of the steps to the two neighbours along rows."""
     step = np.pad(np.abs(np.diff(image, axis=0)), [(1, 1), (0, 0)], mode="edge")
-    return np.maximum(step[1:], step[:-1])
+    return np.asarray(np.maximum(step[1:], step[:-1]))
 
 
 def prepare_motion(scene: Floats, terms: Floats, noise: tuple[float, float]) -> Motion:

@@ -49,8 +49,9 @@ and what comes with the share of masked pixels; measured on simulated frames wit
 STRUCTURE_SIMPLE: Final = (0.22, 0.4)
 """The same for the other statistics."""
 
-ROBUST_SHARE: Final = 1.5
-"""Error that moved stars leave in medians and clipped means, over that in the mean, which the terms are of."""
+ROBUST_SHARE: Final = 0.3
+"""Error that moved stars leave in medians and clipped means, as a share of motion times blur: these do not
+follow the expansion, which is that of the mean."""
 
 NOTICED: Final = 80.0
 """Squared second differences count from this many variances of a bin on: 12 is what noise makes."""
@@ -283,15 +284,16 @@ def reduce_frame(flux: Floats, plan: Plan, flux_err: Floats | None = None) -> tu
 
 
 def _take_motion_off(value: Floats, flux: Floats, plan: Plan) -> Floats:
-    """Take what moved stars add to the mean of bins off `value`, in place; the error of that."""
+    """Take what moved stars add to means off `value`, in place; give the error that they leave."""
     motion, (ny, nx) = plan.motion, plan.shape
     row, column = np.divmod(motion.pixel, flux.shape[1])
     at = np.minimum(row // plan.size, ny - 1), np.minimum(column // plan.size, nx - 1)
     moved = motion.fit(flux, value[at], plan.noise)
+    if plan.statistic not in {"mean", "sparse"}:
+        return np.float32(ROBUST_SHARE * distance_of(moved)) * plan.blur
     y, x = (np.arange(n) * plan.size + (plan.size - 1) / 2 for n in plan.shape)
     value -= expand(moved, plan.terms, place(y, flux.shape[0])[:, None], place(x, flux.shape[1]))
-    share = 1.0 if plan.statistic in {"mean", "sparse"} else ROBUST_SHARE
-    return np.float32(share * expansion_error(distance_of(moved))) * plan.blur
+    return np.float32(expansion_error(distance_of(moved))) * plan.blur
 
 
 def _structure(value: Floats, variance: Floats, plan: Plan) -> Floats:

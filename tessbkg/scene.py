@@ -243,7 +243,7 @@ def _combine_moving(frames: list[Floats], noise: tuple[float, float]) -> tuple[F
         tracers = prepare_motion(flux, terms, noise)
         if not tracers.pixel.size:
             break
-        moved = np.array([tracers.fit(frame, np.float32(0), noise) for frame in frames])
+        moved = np.array([tracers.fit(frame, np.zeros(1, dtype=np.float32), noise) for frame in frames])
         moved = (moved - moved.mean(axis=0)).astype(np.float32)
         for rows in _strips(shape[0]):
             strip = np.stack(
@@ -253,7 +253,7 @@ def _combine_moving(frames: list[Floats], noise: tuple[float, float]) -> tuple[F
                 ]
             )
             if turn:
-                flux[rows] = np.nanmedian(strip, axis=0)
+                flux[rows] = _middle(np.sort(strip, axis=0))
                 strip += _refine(strip - flux[rows], moved, terms[:, rows], flux[rows], noise, y[rows], x)
             flux[rows], error[rows] = _combine(strip, noise)
         if not turn:
@@ -296,8 +296,8 @@ def _remove_light(dark: Floats) -> npt.NDArray[np.bool_]:
     """Take the smooth light of each dark frame away, down to that of the darkest; which frames to use."""
     reference = np.empty(dark.shape[1:], dtype=np.float32)
     for rows in _strips(dark.shape[1]):
-        reference[rows] = np.nanmedian(dark[:, rows], axis=0)
-    size = min(LIGHT_BIN, *reference.shape)
+        reference[rows] = _middle(np.sort(dark[:, rows], axis=0))
+    size = min(LIGHT_BIN, *dark.shape[1:])
     star = reference - local_sky(reference) > STAR_LEVEL
     plan = plan_reduction(reference, star, bin=size, statistic="median")
     light = np.stack([ndimage.gaussian_filter(reduce_frame(frame, plan)[0], 1.0) for frame in dark])
@@ -314,7 +314,7 @@ def _remove_light(dark: Floats) -> npt.NDArray[np.bool_]:
         if known:
             frame -= _bilinear(image, rows, columns)
     clean = usable & (np.percentile(np.abs(light), 99, axis=(1, 2)) < MUCH_LIGHT)
-    return clean if clean.sum() >= 3 else usable
+    return np.asarray(clean if clean.sum() >= 3 else usable)
 
 
 def strap_response(
@@ -378,7 +378,7 @@ def _light(
     number = good.sum(axis=1)
     with np.errstate(invalid="ignore", divide="ignore"):
         place_of = (good * columns).sum(axis=1) / number
-        return np.where(good, light, 0).sum(axis=1) / number, place_of
+        return np.asarray(np.where(good, light, 0).sum(axis=1) / number), np.asarray(place_of)
 
 
 def _strap_columns(n: int, first_column: int, dilation: int) -> npt.NDArray[np.intp]:
@@ -401,17 +401,23 @@ def _bilinear(
     return along(along(image, rows).T, columns).T
 
 
+def _middle(ordered: Floats) -> Floats:
+    """Median along the first axis of what is sorted along it, NaN last; NaN where all are."""
+    last = np.maximum(np.isfinite(ordered).sum(axis=0) - 1, 0)[None]
+    low, high = (np.take_along_axis(ordered, k // 2, axis=0)[0] for k in (last, last + 1))
+    return np.asarray((low + high) / 2, dtype=np.float32)
+
+
 def _combine(frames: Floats, noise: tuple[float, float]) -> tuple[Floats, Floats]:
     """Clipped mean over frames and its standard error: of the noise, or of the scatter where that is larger."""
     values = np.sort(frames, axis=0)  # NaN last
     n = len(values)
-    count = np.isfinite(values).sum(axis=0)
-    last = np.maximum(count - 1, 0)[None]
-    quartile = [np.take_along_axis(values, k * last // 4, axis=0)[0] for k in (1, 2, 3)]
-    middle = (quartile[1] + np.take_along_axis(values, (last + 1) // 2, axis=0)[0]) / 2
+    last = np.maximum(np.isfinite(values).sum(axis=0) - 1, 0)[None]
+    low, high = (np.take_along_axis(values, k * last // 4, axis=0)[0] for k in (1, 3))
+    middle = _middle(values)
     sigma = np.sqrt(noise[0] * np.maximum(middle, 0) + noise[1])
     # Stars that vary, or whose motion is not told well, scatter more than the noise.
-    wide = np.maximum(sigma, (quartile[2] - quartile[0]) / 1.349 if n > 3 else 0)
+    wide = np.maximum(sigma, (high - low) / 1.349 if n > 3 else 0)
     with np.errstate(invalid="ignore", divide="ignore"):
         kept = np.abs(values - middle) <= CLIP_SIGMA * wide
         number = kept.sum(axis=0)

@@ -190,7 +190,8 @@ def weigh(plan: Whole, image: Floats, *, squared: bool = False) -> Floats:
         share = share**2
     inner = image[: ny * size, : nx * size]
     total = np.where(plan.used, inner * share, 0).reshape(ny, size, nx, size).sum(axis=(1, 3), dtype=np.float64)
-    return (total + (weights @ image.reshape(-1)[plan.donors]).reshape(ny, nx)).astype(np.float32)
+    total += (weights @ image.reshape(-1)[plan.donors]).reshape(ny, nx)
+    return np.asarray(total, dtype=np.float32)
 
 
 def _segment(size: int, rows: int) -> int:
@@ -311,7 +312,7 @@ def reduce_whole(
 
 
 def _sum_strips(flux: Floats, plan: Whole) -> tuple[Floats, Floats, Floats | None]:
-    """Sums, highest pixels and, unless none is lost, numbers of lost pixels along columns.
+    """Give sums, highest pixels and, unless none is lost, numbers of lost pixels along columns.
 
     Sums and numbers are of parts of strips that are no longer than a bin, highest pixels of whole strips.
     """
