@@ -101,10 +101,11 @@ class Motion:
         y, x = self.places(self.pixel)
         gy, gx, yy, xy, xx = self.terms
         base = np.stack([gy, gy * y, gy * x, gx, gx * y, gx * x])
+        seen = np.where(good, seen, 0)
         variance = noise[0] * np.maximum(seen, 0) + noise[1] + TRACER_ERROR**2 * (gy**2 + gx**2)
         weight = np.where(good, 1 / variance, 0).astype(np.float32)
         rest = np.where(good, rest, 0)
-        sigma = 1 / np.sqrt(variance)
+        sigma = np.sqrt(weight)
         found, huber = still, np.float32(1)
         for _ in range(4):
             dy, dx = displacement(found.astype(np.float32), y, x)
