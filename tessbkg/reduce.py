@@ -42,9 +42,10 @@ HALVE_PIXELS: Final = 65536
 CEILING: Final = 4e4
 """Pixels this far above the scene are saturated, electron s-1: `whole` gives no value then."""
 
-STRUCTURE: Final = {"whole": (0.03, 0.3), "rolling": (0.25, 0.25)}
+STRUCTURE: Final = {"whole": (0.025, 0.2), "rolling": (0.25, 0.25)}
 """Error of a bin where light has structure, as a share of its second differences from bin to bin: a constant,
-and what comes with the share of masked pixels; measured on simulated frames with sharp glints."""
+and what comes with the share of masked pixels. Measured on simulated frames with sharp glints at bins of 16
+pixels; for `whole` it goes with the inverse of the size of bins, up to twice this."""
 
 STRUCTURE_SIMPLE: Final = (0.22, 0.4)
 """The same for the other statistics."""
@@ -302,6 +303,9 @@ def _structure(value: Floats, variance: Floats, plan: Plan) -> Floats:
         constant, masked = 1.0, 0.0
     else:
         constant, masked = STRUCTURE.get(plan.statistic, STRUCTURE_SIMPLE)
+    if plan.statistic == "whole":
+        scale = min(16 / plan.size, 2.0)
+        constant, masked = scale * constant, scale * masked
     share = constant + masked * (1 - plan.n_pixels / np.float32(plan.size**2))
     bend = np.zeros_like(value)
     for image, out in ((value, bend), (value.T, bend.T)):
