@@ -165,8 +165,8 @@ def reduction_options(function: Any) -> Any:
         ),
         click.option(
             "--statistic",
-            type=click.Choice(["median", "mean", "clipped", "rolling", "sparse"]),
-            default="median",
+            type=click.Choice(["whole", "median", "mean", "clipped", "rolling", "sparse"]),
+            default="whole",
             show_default=True,
             help="What a bin's value is.",
         ),
