@@ -32,8 +32,8 @@ NPZ_COMMENT: Final = (
     "good frames only. time: JD (TDB) at the solar-system barycentre for the CCD centre; time_spacecraft: JD "
     "(TDB) at TESS. *_alt: angle of the body's centre from the camera boresight (not an altitude), *_az: its "
     "azimuth in the camera frame, 0 .. 360 from x (away from the spacecraft boresight) to y = z cross x; "
-    "*_alt_map, *_az_map: the same about the line of sight of every bin; *_dist, *_dist_map: angular diameter, the same "
-    "in all bins. All in degrees. row, column: 1-based FFI coordinates of the bin centres."
+    "*_alt_map, *_az_map: the same about the line of sight of every bin; *_dist, *_dist_map: angular "
+    "diameter, the same in all bins. All in degrees. row, column: 1-based FFI coordinates of bin centres."
 )
 
 
