@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import xarray as xr
 
-from tessbkg.evaluation import MAX_GAP, frame_spacing, good_frames
+from tessbkg.evaluation import MAX_GAP, frame_spacing, good_frames, scene_error
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -299,9 +299,8 @@ def _turn(degrees: npt.NDArray[Any]) -> npt.NDArray[Any]:
 
 def _err(ds: xr.Dataset, bins: Bins) -> xr.Variable:
     """Errors of the means."""
-    common = np.float32(0)
-    if "scene_err" in ds and ds["scene_err"].dims == ("y", "x"):
-        common = np.square(ds["scene_err"].to_numpy())
+    scene = scene_error(ds)
+    common = np.float32(0) if scene is None else np.square(scene)
     return _blockwise(ds["scattered_light_err"].variable, bins, _combine, common)
 
 
