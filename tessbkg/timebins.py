@@ -11,6 +11,7 @@ import numpy.typing as npt
 import xarray as xr
 
 from tessbkg.evaluation import MAX_GAP, frame_spacing, good_frames, scene_error
+from tessbkg.geometry import angle_maps
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -360,7 +361,7 @@ def _maps(ds: xr.Dataset, body: str, bins: Bins) -> dict[str, xr.Variable]:
     vectors = _unit(bins, ds[direction].to_numpy())
     pixel = ds["pixel_direction"].to_numpy()
     if ds[names[0]].chunks is None:
-        maps = _angle_maps(vectors, pixel)
+        maps = angle_maps(vectors, pixel)
     else:
         da: Any = importlib.import_module("dask.array")
         both = da.map_blocks(
@@ -380,21 +381,7 @@ def _even(size: int) -> Iterator[int]:
 
 
 def _map_block(vectors: npt.NDArray[Any], pixel: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    return np.stack(_angle_maps(vectors[:, :, 0, 0], pixel), axis=1)
-
-
-def _angle_maps(vectors: npt.NDArray[Any], pixel: npt.NDArray[Any]) -> tuple[Any, Any]:
-    """Call `angle_maps`, wherever it lives."""
-    for module in ("tessbkg.geometry", "tessbkg.angles"):
-        try:
-            found = importlib.import_module(module)
-        except ModuleNotFoundError as error:
-            if error.name != module:
-                raise
-        else:
-            angle, azimuth = found.angle_maps(vectors, pixel)
-            return angle, azimuth
-    raise ModuleNotFoundError("tessbkg.geometry")
+    return np.stack(angle_maps(vectors[:, :, 0, 0], pixel), axis=1)
 
 
 def _blockwise(variable: xr.Variable, bins: Bins, kernel: Any, *more: Any) -> xr.Variable:
