@@ -234,9 +234,7 @@ def prepare_motion(scene: Floats, terms: Floats, noise: tuple[float, float]) -> 
     best = np.argsort(-padded[row, column], kind="stable")[:TRACERS]
     best = best[padded[row[best], column[best]] > MIN_SIGNIFICANCE]
     pixel = np.sort(row[best] * columns + column[best])
-    return Motion(
-        (rows, columns), pixel, scene.reshape(-1)[pixel], terms.reshape(TERMS, -1)[:, pixel].copy()
-    )
+    return Motion((rows, columns), pixel, scene.reshape(-1)[pixel], terms.reshape(TERMS, -1)[:, pixel].copy())
 
 
 def refine_terms(residual: Floats, moved: Floats, terms: Floats, variance: Floats) -> None:

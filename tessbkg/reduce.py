@@ -34,7 +34,8 @@ CLIP_SIGMA: Final = 3.0
 """`clipped` leaves out pixels further than this from the bin's median, in sigmas of the bin."""
 
 NOISE: Final = (7.445e-4, 0.0197)
-"""Noise law of sector 1, electron s-1 and (electron s-1)^2: weighs pixels where a plan has no law of its own."""
+"""Noise law of sector 1, electron s-1 and (electron s-1)^2: weighs pixels where a plan has no law of its
+own."""
 
 HALVE_PIXELS: Final = 65536
 """Pixels of a row of windows that `rolling` sorts at once: they stay in the processor's cache."""
@@ -117,7 +118,7 @@ class Plan:
     fill: Filling
 
 
-def plan_reduction(
+def plan_reduction(  # noqa: PLR0915 (one plan, many parts)
     scene: Floats,
     mask: npt.NDArray[np.bool_],
     *,
@@ -139,10 +140,10 @@ def plan_reduction(
     bin : int
         Pixels along the side of a bin.
     statistic : {"whole", "median", "mean", "clipped", "rolling", "sparse"}
-        `whole` (:mod:`tessbkg.whole`) is the mean light of all pixels of a bin, masked ones interpolated, free of
-        outliers and of what moving stars leave. The others are of the unmasked pixels as they are: `median`;
-        `mean`; `clipped`, the mean within 3 sigmas of the median; `rolling`, halving the image by medians of
-        overlapping 4 x 4 windows; `sparse`, the one pixel nearest the centre.
+        `whole` (:mod:`tessbkg.whole`) is the mean light of all pixels of a bin, masked ones interpolated,
+        free of outliers and of what moving stars leave. The others are of the unmasked pixels as they are:
+        `median`; `mean`; `clipped`, the mean within 3 sigmas of the median; `rolling`, halving the image by
+        medians of overlapping 4 x 4 windows; `sparse`, the one pixel nearest the centre.
     scene_err : (rows, columns) float32, optional
         One sigma of the scene.
     noise : (float, float), optional
@@ -176,10 +177,21 @@ def plan_reduction(
     whole, filled = None, counts == 0
     if terms is None:
         terms = scene_terms(scene)
-    moving, blur = np.zeros((TERMS, *counts.shape), dtype=np.float32), np.zeros(counts.shape, dtype=np.float32)
+    moving, blur = (
+        np.zeros((TERMS, *counts.shape), dtype=np.float32),
+        np.zeros(counts.shape, dtype=np.float32),
+    )
     if statistic in {"whole", "mean"}:
         unit = np.ones(columns, dtype=np.float32)
-        whole = prepare_whole(scene, valid, bin, unit if gain is None else gain, terms, noise or NOISE, CEILING)
+        whole = prepare_whole(
+            scene,
+            valid,
+            size=bin,
+            gain=unit if gain is None else gain,
+            terms=terms,
+            noise=noise or NOISE,
+            ceiling=CEILING,
+        )
     motion = prepare_motion(scene, terms, noise or NOISE)
     if whole is not None and statistic == "whole":
         filled = ~whole.reached
@@ -192,15 +204,14 @@ def plan_reduction(
         factor = _error_factor(valid, counts, bin, statistic)
         if statistic == "sparse":
             index = np.maximum(pixel, 0)
-            still, scene_square = (image.reshape(-1)[index] for image in (variance, scene_variance))
+            still, scene_square = variance.reshape(-1)[index], scene_variance.reshape(-1)[index]
         else:
-            still, scene_square = (
-                _mean(np.where(valid, image, 0), counts, bin) for image in (variance, scene_variance)
-            )
+            still = _mean(np.where(valid, variance, 0), counts, bin)
+            scene_square = _mean(np.where(valid, scene_variance, 0), counts, bin)
         sums = [_mean(np.where(valid, term, 0), counts, bin) for term in terms]
         steep = np.where(valid, terms[0] ** 2 + terms[1] ** 2, 0)
         moving = np.nan_to_num(np.stack(sums))
-        blur = np.nan_to_num(factor * np.sqrt(_mean(steep, counts, bin)))
+        blur = np.asarray(np.nan_to_num(factor * np.sqrt(_mean(steep, counts, bin))), dtype=np.float32)
         if statistic == "sparse":
             moving = terms.reshape(TERMS, -1)[:, index]
             blur = np.sqrt(steep.reshape(-1)[index])
@@ -259,7 +270,7 @@ def reduce_frame(flux: Floats, plan: Plan, flux_err: Floats | None = None) -> tu
     """
     if flux.shape != plan.subtract.shape:
         raise ValueError(f"frame of shape {flux.shape} does not fit a scene of shape {plan.subtract.shape}")
-    more: Floats | np.float32 = np.float32(0)
+    more: Floats
     if plan.statistic == "sparse":
         value = _sparse(flux, plan)
     elif plan.statistic == "rolling":
@@ -439,7 +450,9 @@ def _few_medians(values: Floats) -> Floats:
     # The eight lowest: both middles of up to 15 values are among them.
     lowest = [np.minimum(first[k], second[7 - k]) for k in range(8)]
     halves = [(np.minimum(lowest[k], lowest[k + 4]), np.maximum(lowest[k], lowest[k + 4])) for k in range(4)]
-    ordered = np.stack([value for half in (0, 1) for value in _merge_bitonic([pair[half] for pair in halves])])
+    ordered = np.stack(
+        [value for half in (0, 1) for value in _merge_bitonic([pair[half] for pair in halves])]
+    )
     column = np.arange(values.shape[1])
     low, high = np.maximum(count.astype(np.intp) - 1, 0) // 2, count.astype(np.intp) // 2
     middle: Floats = (ordered[low, column] + ordered[high, column]) / 2
@@ -521,7 +534,7 @@ def median_variance(count: npt.ArrayLike) -> npt.NDArray[np.float64]:
 def _error_factor(
     valid: npt.NDArray[np.bool_], counts: npt.NDArray[np.intp], size: int, statistic: str
 ) -> Floats:
-    """Standard error of a statistic for pixels of unit variance."""
+    """Give the standard error of a statistic for pixels of unit variance."""
     n = np.where(counts > 0, counts, np.nan)
     if statistic == "sparse":
         factor = np.where(counts > 0, 1.0, np.nan)
@@ -541,7 +554,7 @@ CLIPPED_VARIANCE: Final = 1.02
 
 
 def _rolling_factor(valid: npt.NDArray[np.bool_], size: int) -> npt.NDArray[np.float64]:
-    """Standard error of `rolling`: its shape from counts, its scale from noise put through the kernel.
+    """Give the standard error of `rolling`: shape from counts, scale from noise put through the kernel.
 
     A bin's value draws on windows that reach beyond it, so the pixels that matter are counted with the
     same overlapping windows; one number then scales their inverse root to the spread that eight images of
@@ -607,9 +620,7 @@ def _differences(ny: int, nx: int) -> sparse.csc_array:
     for order, stencil in ((2, [1.0, -2.0, 1.0]), (1, [-1e-3, 1e-3])):
         for axis, n in enumerate((ny, nx)):
             if n > order:
-                difference = sparse.diags_array(
-                    stencil, offsets=list(range(order + 1)), shape=(n - order, n)
-                )
+                difference = sparse.diags_array(stencil, offsets=list(range(order + 1)), shape=(n - order, n))
                 identity = sparse.eye_array((nx, ny)[axis])
                 pair = (difference, identity) if axis == 0 else (identity, difference)
                 operators.append(sparse.kron(*pair))
