@@ -199,12 +199,14 @@ def plan_reduction(  # noqa: PLR0915 (one plan, many parts)
         factor = np.where(filled, np.nan, np.sqrt(squares)).astype(np.float32)
         known = np.where(np.isfinite(scene_variance), scene_variance, 0).astype(np.float32)
         still = weigh(whole, variance.astype(np.float32), squared=True)
-        scene_square, rise = weigh(whole, known, squared=True), a * squares
+        scene_square = weigh(whole, known, squared=True)
+        rise = np.asarray(a * squares, dtype=np.float32)
     else:
         factor = _error_factor(valid, counts, bin, statistic)
         if statistic == "sparse":
             index = np.maximum(pixel, 0)
-            still, scene_square = variance.reshape(-1)[index], scene_variance.reshape(-1)[index]
+            still = np.asarray(variance.reshape(-1)[index], dtype=np.float32)
+            scene_square = np.asarray(scene_variance.reshape(-1)[index], dtype=np.float32)
         else:
             still = _mean(np.where(valid, variance, 0), counts, bin)
             scene_square = _mean(np.where(valid, scene_variance, 0), counts, bin)
@@ -215,7 +217,8 @@ def plan_reduction(  # noqa: PLR0915 (one plan, many parts)
         if statistic == "sparse":
             moving = terms.reshape(TERMS, -1)[:, index]
             blur = np.sqrt(steep.reshape(-1)[index])
-        still, scene_square, rise = still * factor**2, scene_square * factor**2, a * factor**2
+        still, scene_square = still * factor**2, scene_square * factor**2
+        rise = np.asarray(a * factor**2, dtype=np.float32)
     fill = Filling(filled)
     scene_error = np.sqrt(scene_square).astype(np.float32)
     scene_error[filled] = np.nan
@@ -425,12 +428,12 @@ def _window_medians(padded: Floats) -> Floats:
     quad = _sort4(padded[::2, ::2], padded[::2, 1::2], padded[1::2, ::2], padded[1::2, 1::2])
     pair = _merge4([q[:, :-1] for q in quad], [q[:, 1:] for q in quad])
     upper, lower = [p[:-1] for p in pair], [p[1:] for p in pair]
-    low = np.minimum(upper[0], lower[7])
-    high = np.maximum(upper[0], lower[7])
+    low: Floats = np.minimum(upper[0], lower[7])
+    high: Floats = np.maximum(upper[0], lower[7])
     for k in range(1, 8):  # the eight lowest and the eight highest of both: bitonic halves
         np.maximum(low, np.minimum(upper[k], lower[7 - k]), out=low)
         np.minimum(high, np.maximum(upper[k], lower[7 - k]), out=high)
-    middle: Floats = (low + high) / 2
+    middle: Floats = np.asarray((low + high) / 2, dtype=np.float32)
     row, column = np.nonzero(np.isnan(middle))
     if row.size:
         at = 2 * row * padded.shape[1] + 2 * column

@@ -316,7 +316,7 @@ def _remove_light(dark: Floats) -> npt.NDArray[np.bool_]:
     light -= light[level <= level.min() + SAME_LEVEL].mean(axis=0)
     rows, columns = (
         np.clip((np.arange(n) + 0.5) / size - 0.5, 0, m - 1)
-        for n, m in zip(reference.shape, light.shape[1:], strict=True)
+        for n, m in zip(dark.shape[1:], maps[0].shape, strict=True)
     )
     for i in np.flatnonzero(usable):
         dark[i] -= _bilinear(light[i], rows, columns)
@@ -401,7 +401,7 @@ def _bilinear(image: Floats, rows: npt.NDArray[np.float64], columns: npt.NDArray
         low = np.minimum(position.astype(np.intp), max(len(values) - 2, 0))
         high = np.minimum(low + 1, len(values) - 1)
         share = (position - low).astype(np.float32)[:, None]
-        return values[low] * (1 - share) + values[high] * share
+        return np.asarray(values[low] * (1 - share) + values[high] * share)
 
     return along(along(image, rows).T, columns).T
 

@@ -344,12 +344,14 @@ def _sum_strips(flux: Floats, plan: Whole) -> tuple[Floats, Floats, Floats | Non
 
 
 def _replace_lost(donated: Floats, mean: Floats, plan: Whole) -> None:
-    """Put the mean of their bin in the place of donors that are NaN."""
-    bad = np.flatnonzero(~np.isfinite(donated))
+    """Put the mean of their bin in the place of donors that are NaN, and NaN where they are saturated."""
+    donated[donated - plan.scene.reshape(-1)[plan.donors] >= plan.ceiling] = np.inf
+    bad = np.flatnonzero(np.isnan(donated))
     if bad.size:
         pixel = plan.donors[bad]
         light = mean.reshape(-1)[plan.bins(pixel)] / plan.gain[plan.columns(pixel)]
         donated[bad] = plan.scene.reshape(-1)[pixel] + light
+    donated[np.isinf(donated)] = np.nan
 
 
 def _outliers(
