@@ -34,7 +34,8 @@ CLIP_SIGMA: Final = 3.0
 """`clipped` leaves out pixels further than this from the bin's median, in sigmas of the bin."""
 
 NOISE: Final = (7.445e-4, 0.0197)
-"""Noise law of sector 1, electron s-1 and (electron s-1)^2: weighs pixels where a plan has no law of its own."""
+"""Noise law of sector 1, electron s-1 and (electron s-1)^2: weighs pixels where a plan has no law of its
+own."""
 
 HALVE_PIXELS: Final = 65536
 """Pixels of a row of windows that `rolling` sorts at once: they stay in the processor's cache."""
@@ -117,7 +118,7 @@ class Plan:
     fill: Filling
 
 
-def plan_reduction(
+def plan_reduction(  # noqa: PLR0915 (one plan, many parts)
     scene: Floats,
     mask: npt.NDArray[np.bool_],
     *,
@@ -139,10 +140,10 @@ def plan_reduction(
     bin : int
         Pixels along the side of a bin.
     statistic : {"whole", "median", "mean", "clipped", "rolling", "sparse"}
-        `whole` (:mod:`tessbkg.whole`) is the mean light of all pixels of a bin, masked ones interpolated, free of
-        outliers and of what moving stars leave. The others are of the unmasked pixels as they are: `median`;
-        `mean`; `clipped`, the mean within 3 sigmas of the median; `rolling`, halving the image by medians of
-        overlapping 4 x 4 windows; `sparse`, the one pixel nearest the centre.
+        `whole` (:mod:`tessbkg.whole`) is the mean light of all pixels of a bin, masked ones interpolated,
+        free of outliers and of what moving stars leave. The others are of the unmasked pixels as they are:
+        `median`; `mean`; `clipped`, the mean within 3 sigmas of the median; `rolling`, halving the image by
+        medians of overlapping 4 x 4 windows; `sparse`, the one pixel nearest the centre.
     scene_err : (rows, columns) float32, optional
         One sigma of the scene.
     noise : (float, float), optional
@@ -183,7 +184,13 @@ def plan_reduction(
     if statistic in {"whole", "mean"}:
         unit = np.ones(columns, dtype=np.float32)
         whole = prepare_whole(
-            scene, valid, bin, unit if gain is None else gain, terms, noise or NOISE, CEILING
+            scene,
+            valid,
+            size=bin,
+            gain=unit if gain is None else gain,
+            terms=terms,
+            noise=noise or NOISE,
+            ceiling=CEILING,
         )
     motion = prepare_motion(scene, terms, noise or NOISE)
     if whole is not None and statistic == "whole":
@@ -192,24 +199,26 @@ def plan_reduction(
         factor = np.where(filled, np.nan, np.sqrt(squares)).astype(np.float32)
         known = np.where(np.isfinite(scene_variance), scene_variance, 0).astype(np.float32)
         still = weigh(whole, variance.astype(np.float32), squared=True)
-        scene_square, rise = weigh(whole, known, squared=True), a * squares
+        scene_square = weigh(whole, known, squared=True)
+        rise = np.asarray(a * squares, dtype=np.float32)
     else:
         factor = _error_factor(valid, counts, bin, statistic)
         if statistic == "sparse":
             index = np.maximum(pixel, 0)
-            still, scene_square = (image.reshape(-1)[index] for image in (variance, scene_variance))
+            still = np.asarray(variance.reshape(-1)[index], dtype=np.float32)
+            scene_square = np.asarray(scene_variance.reshape(-1)[index], dtype=np.float32)
         else:
-            still, scene_square = (
-                _mean(np.where(valid, image, 0), counts, bin) for image in (variance, scene_variance)
-            )
+            still = _mean(np.where(valid, variance, 0), counts, bin)
+            scene_square = _mean(np.where(valid, scene_variance, 0), counts, bin)
         sums = [_mean(np.where(valid, term, 0), counts, bin) for term in terms]
         steep = np.where(valid, terms[0] ** 2 + terms[1] ** 2, 0)
         moving = np.nan_to_num(np.stack(sums))
-        blur = np.nan_to_num(factor * np.sqrt(_mean(steep, counts, bin)))
+        blur = np.asarray(np.nan_to_num(factor * np.sqrt(_mean(steep, counts, bin))), dtype=np.float32)
         if statistic == "sparse":
             moving = terms.reshape(TERMS, -1)[:, index]
             blur = np.sqrt(steep.reshape(-1)[index])
-        still, scene_square, rise = still * factor**2, scene_square * factor**2, a * factor**2
+        still, scene_square = still * factor**2, scene_square * factor**2
+        rise = np.asarray(a * factor**2, dtype=np.float32)
     fill = Filling(filled)
     scene_error = np.sqrt(scene_square).astype(np.float32)
     scene_error[filled] = np.nan
@@ -264,7 +273,7 @@ def reduce_frame(flux: Floats, plan: Plan, flux_err: Floats | None = None) -> tu
     """
     if flux.shape != plan.subtract.shape:
         raise ValueError(f"frame of shape {flux.shape} does not fit a scene of shape {plan.subtract.shape}")
-    more: Floats | np.float32 = np.float32(0)
+    more: Floats
     if plan.statistic == "sparse":
         value = _sparse(flux, plan)
     elif plan.statistic == "rolling":
@@ -419,12 +428,12 @@ def _window_medians(padded: Floats) -> Floats:
     quad = _sort4(padded[::2, ::2], padded[::2, 1::2], padded[1::2, ::2], padded[1::2, 1::2])
     pair = _merge4([q[:, :-1] for q in quad], [q[:, 1:] for q in quad])
     upper, lower = [p[:-1] for p in pair], [p[1:] for p in pair]
-    low = np.minimum(upper[0], lower[7])
-    high = np.maximum(upper[0], lower[7])
+    low: Floats = np.minimum(upper[0], lower[7])
+    high: Floats = np.maximum(upper[0], lower[7])
     for k in range(1, 8):  # the eight lowest and the eight highest of both: bitonic halves
         np.maximum(low, np.minimum(upper[k], lower[7 - k]), out=low)
         np.minimum(high, np.maximum(upper[k], lower[7 - k]), out=high)
-    middle: Floats = (low + high) / 2
+    middle: Floats = np.asarray((low + high) / 2, dtype=np.float32)
     row, column = np.nonzero(np.isnan(middle))
     if row.size:
         at = 2 * row * padded.shape[1] + 2 * column
@@ -528,7 +537,7 @@ def median_variance(count: npt.ArrayLike) -> npt.NDArray[np.float64]:
 def _error_factor(
     valid: npt.NDArray[np.bool_], counts: npt.NDArray[np.intp], size: int, statistic: str
 ) -> Floats:
-    """Standard error of a statistic for pixels of unit variance."""
+    """Give the standard error of a statistic for pixels of unit variance."""
     n = np.where(counts > 0, counts, np.nan)
     if statistic == "sparse":
         factor = np.where(counts > 0, 1.0, np.nan)
@@ -548,7 +557,7 @@ CLIPPED_VARIANCE: Final = 1.02
 
 
 def _rolling_factor(valid: npt.NDArray[np.bool_], size: int) -> npt.NDArray[np.float64]:
-    """Standard error of `rolling`: its shape from counts, its scale from noise put through the kernel.
+    """Give the standard error of `rolling`: shape from counts, scale from noise put through the kernel.
 
     A bin's value draws on windows that reach beyond it, so the pixels that matter are counted with the
     same overlapping windows; one number then scales their inverse root to the spread that eight images of

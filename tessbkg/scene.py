@@ -51,7 +51,8 @@ MUCH_LIGHT: Final = 2.0
 light with sharp edges does not go away on bins of 32 pixels."""
 
 SCENE_SHARE: Final = 0.7
-"""Error of the scene where stars moved, over that of a frame whose stars moved like those of the dark frames."""
+"""Error of the scene where stars moved, over that of a frame whose stars moved like those of the dark
+frames."""
 
 STRAP_REFERENCE: Final = 4
 """Columns on either side that tell the light on a strap."""
@@ -95,8 +96,8 @@ class MaskOptions:
     bleed : int
         Pixels by which saturated columns grow up and down.
     straps : bool
-        Mask columns over straps, which are 1-2 % brighter. Without, their response is measured in bright frames
-        and divided out.
+        Mask columns over straps, which are 1-2 % brighter. Without, their response is measured in bright
+        frames and divided out.
     strap_dilation : int
         Columns by which straps grow; the neighbours are 0.7 % brighter.
     """
@@ -191,7 +192,8 @@ def make_scene(
     The smooth light that dark frames still differ by is measured on bins of 32 pixels and taken out first,
     down to that of the darkest; frames with much light are not used if there are three without. What the
     motion of the stars adds to each frame is taken out too (:mod:`tessbkg.motion`), which also shows the
-    slopes of the scene. Then every pixel is the mean over frames of what lies within four sigmas of the median.
+    slopes of the scene. Then every pixel is the mean over frames of what lies within four sigmas of the
+    median.
 
     Parameters
     ----------
@@ -254,7 +256,9 @@ def _combine_moving(frames: list[Floats], noise: tuple[float, float]) -> tuple[F
             )
             if turn:
                 flux[rows] = _middle(np.sort(strip, axis=0))
-                strip += _refine(strip - flux[rows], moved, terms[:, rows], flux[rows], noise, y[rows], x)
+                strip += _refine(
+                    strip - flux[rows], moved, terms[:, rows], flux=flux[rows], noise=noise, y=y[rows], x=x
+                )
             flux[rows], error[rows] = _combine(strip, noise)
         if not turn:
             terms = scene_terms(flux)
@@ -270,6 +274,7 @@ def _refine(
     residual: Floats,
     moved: Floats,
     terms: Floats,
+    *,
     flux: Floats,
     noise: tuple[float, float],
     y: Floats,
@@ -302,19 +307,19 @@ def _remove_light(dark: Floats) -> npt.NDArray[np.bool_]:
     size = min(LIGHT_BIN, *dark.shape[1:])
     star = reference - local_sky(reference) > STAR_LEVEL
     plan = plan_reduction(reference, star, bin=size, statistic="median")
-    light = np.stack([ndimage.gaussian_filter(reduce_frame(frame, plan)[0], 1.0) for frame in dark])
-    usable = np.isfinite(light).all(axis=(1, 2))
+    maps = [ndimage.gaussian_filter(reduce_frame(frame, plan)[0], 1.0) for frame in dark]
+    light: Floats = np.stack(maps).astype(np.float32)
+    usable = np.asarray(np.isfinite(light).all(axis=(1, 2)))
     if not usable.any():
         return np.ones(len(dark), dtype=bool)
     level = np.where(usable, light.mean(axis=(1, 2)), np.inf)
     light -= light[level <= level.min() + SAME_LEVEL].mean(axis=0)
     rows, columns = (
         np.clip((np.arange(n) + 0.5) / size - 0.5, 0, m - 1)
-        for n, m in zip(reference.shape, light.shape[1:], strict=True)
+        for n, m in zip(dark.shape[1:], maps[0].shape, strict=True)
     )
-    for frame, image, known in zip(dark, light, usable, strict=True):
-        if known:
-            frame -= _bilinear(image, rows, columns)
+    for i in np.flatnonzero(usable):
+        dark[i] -= _bilinear(light[i], rows, columns)
     clean = usable & (np.percentile(np.abs(light), 99, axis=(1, 2)) < MUCH_LIGHT)
     return np.asarray(clean if clean.sum() >= 3 else usable)
 
@@ -396,7 +401,7 @@ def _bilinear(image: Floats, rows: npt.NDArray[np.float64], columns: npt.NDArray
         low = np.minimum(position.astype(np.intp), max(len(values) - 2, 0))
         high = np.minimum(low + 1, len(values) - 1)
         share = (position - low).astype(np.float32)[:, None]
-        return values[low] * (1 - share) + values[high] * share
+        return np.asarray(values[low] * (1 - share) + values[high] * share)
 
     return along(along(image, rows).T, columns).T
 
@@ -409,7 +414,7 @@ def _middle(ordered: Floats) -> Floats:
 
 
 def _combine(frames: Floats, noise: tuple[float, float]) -> tuple[Floats, Floats]:
-    """Clipped mean over frames and its standard error: of the noise, or of the scatter where that is larger."""
+    """Clipped mean over frames and its standard error, by the noise or by the scatter if larger."""
     values = np.sort(frames, axis=0)  # NaN last
     n = len(values)
     last = np.maximum(np.isfinite(values).sum(axis=0) - 1, 0)[None]

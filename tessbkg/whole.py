@@ -1,10 +1,11 @@
 """The mean light of whole bins: the kernel of the statistic `whole`.
 
-The mean is over all pixels of a bin; where a pixel is masked, light is interpolated linearly between the nearest
-pixels that are not, along its row and its column. So a bin's value is a weighted sum of pixels, in and just
-beyond the bin, whose weights never change: planes are reproduced exactly, an edge of the light that cuts a bin
-hardly matters, the error of the sum follows from the noise law, and what moved stars add to the sum is five
-static images of bins (:mod:`tessbkg.motion`). Only outliers, such as cosmic rays, need a look at pixels.
+The mean is over all pixels of a bin; where a pixel is masked, light is interpolated linearly between the
+nearest pixels that are not, along its row and its column. So a bin's value is a weighted sum of pixels, in
+and just beyond the bin, whose weights never change: planes are reproduced exactly, an edge of the light that
+cuts a bin hardly matters, the error of the sum follows from the noise law, and what moved stars add to the
+sum is five static images of bins (:mod:`tessbkg.motion`). Only outliers, such as cosmic rays, need a look
+at pixels.
 """
 
 from __future__ import annotations
@@ -118,6 +119,7 @@ class Whole:
 def prepare_whole(
     scene: Floats,
     used: Bools,
+    *,
     size: int,
     gain: Floats,
     terms: Floats,
@@ -182,11 +184,11 @@ def weigh(plan: Whole, image: Floats, *, squared: bool = False) -> Floats:
     share = plan.gain[: nx * size] / np.float32(size * size)
     weights = plan.weights
     if squared:
-        weights = weights.tocoo()
-        own = plan.bins(plan.donors)[weights.col] == weights.row
-        inside = np.where(own, share[plan.columns(plan.donors)[weights.col]], 0)
-        data = weights.data * (weights.data + 2 * inside)
-        weights = sparse.csr_array((data, (weights.row, weights.col)), shape=weights.shape)
+        entries = weights.tocoo()
+        own = plan.bins(plan.donors)[entries.col] == entries.row
+        inside = np.where(own, share[plan.columns(plan.donors)[entries.col]], 0)
+        data = entries.data * (entries.data + 2 * inside)
+        weights = sparse.csr_array((data, (entries.row, entries.col)), shape=entries.shape)
         share = share**2
     inner = image[: ny * size, : nx * size]
     total = (
@@ -249,7 +251,7 @@ def _interpolation(used: Bools, size: int, gain: Floats) -> tuple[npt.NDArray[np
 
 
 def _nearest(used: Bools) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
-    """Columns of the nearest used pixel to the left and to the right of every pixel; -1 where there is none."""
+    """Find the columns of the nearest used pixels to the left and right of every pixel; -1 if none."""
     n = used.shape[1]
     column = np.arange(n, dtype=np.int32)
     left = np.maximum.accumulate(np.where(used, column, -1), axis=1)
@@ -342,12 +344,14 @@ def _sum_strips(flux: Floats, plan: Whole) -> tuple[Floats, Floats, Floats | Non
 
 
 def _replace_lost(donated: Floats, mean: Floats, plan: Whole) -> None:
-    """Put the mean of their bin in the place of donors that are NaN."""
-    bad = np.flatnonzero(~np.isfinite(donated))
+    """Put the mean of their bin in the place of donors that are NaN, and NaN where they are saturated."""
+    donated[donated - plan.scene.reshape(-1)[plan.donors] >= plan.ceiling] = np.inf
+    bad = np.flatnonzero(np.isnan(donated))
     if bad.size:
         pixel = plan.donors[bad]
         light = mean.reshape(-1)[plan.bins(pixel)] / plan.gain[plan.columns(pixel)]
         donated[bad] = plan.scene.reshape(-1)[pixel] + light
+    donated[np.isinf(donated)] = np.nan
 
 
 def _outliers(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 from tessbkg import simulate
 from tessbkg.ccd import STRAP_COLUMNS
 from tessbkg.motion import expand, place, prepare_motion, scene_terms
