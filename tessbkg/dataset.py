@@ -55,8 +55,8 @@ class Options:
     bin : int
         Pixels along the side of a bin; a divisor of 2048.
     statistic : {"whole", "median", "mean", "clipped", "rolling", "sparse"}
-        What a bin's value is, see :func:`tessbkg.reduce.plan_reduction`. `whole`, the mean light of the whole bin,
-        is both the nearest to the truth and the fastest.
+        What a bin's value is, see :func:`tessbkg.reduce.plan_reduction`. `whole`, the mean light of the
+        whole bin, is the nearest to the truth.
     errors : {"model", "uncert"}
         Error bars from the noise law fitted to a few frames, or from the uncertainty image of every frame,
         which doubles the bytes.
@@ -384,8 +384,8 @@ def static_variables(plan: Plan) -> dict[str, xr.Variable]:
             {
                 "units": UNITS,
                 "long_name": "part of scattered_light_err that is common to all frames",
-                "comment": "error of the scene. Differences between frames are free of it: their variance is the sum "
-                "of scattered_light_err squared less twice scene_err squared",
+                "comment": "error of the scene. Differences between frames are free of it: their variance is "
+                "the sum of scattered_light_err squared less twice scene_err squared",
             },
         ),
         "filled": xr.Variable(
@@ -449,9 +449,9 @@ def describe(ds: xr.Dataset, options: Options, dark_frames: tuple[str, ...]) -> 
     ds["scattered_light_err"].attrs = {
         "units": UNITS,
         "long_name": "one-sigma error of scattered_light",
-        "comment": "noise of the frame, of moved stars and of structure within the bin, and error of the scene. The "
-        "last is common to all frames: it does not average out in time, see scene_err. Errors of neighbouring "
-        "bins are independent but for a few per cent where masked pixels are interpolated",
+        "comment": "noise of the frame, of moved stars and of structure within the bin, and error of the "
+        "scene. The last is common to all frames: it does not average out in time, see scene_err. Errors "
+        "of neighbouring bins are independent but for a few per cent where masked pixels are interpolated",
     }
     identity = {name: ds.attrs[name] for name in ("sector", "camera", "ccd", "wcs") if name in ds.attrs}
     title = "TESS scattered light"
