@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from tessbkg.dataset import Options, scattered_light
     from tessbkg.ffi import FrameStatus, read_ffi
     from tessbkg.geometry import angles, boresight_angles
-    from tessbkg.jobs import build, plan_build
+    from tessbkg.jobs import build, plan_build, read_report
     from tessbkg.scene import MaskOptions
     from tessbkg.stack import open_ffis
     from tessbkg.store import open_background
@@ -39,6 +39,7 @@ _MODULE_OF = {
     "open_ffis": "stack",
     "plan_build": "jobs",
     "read_ffi": "ffi",
+    "read_report": "jobs",
     "scattered_light": "dataset",
 }
 
@@ -56,6 +57,7 @@ __all__ = [
     "open_ffis",
     "plan_build",
     "read_ffi",
+    "read_report",
     "scattered_light",
 ]
 

@@ -28,7 +28,7 @@ HEADER_BYTES: Final = 11 * BLOCK
 """The longest headers of sectors 1-68 end here; other lengths are 14400 (no WCS) to 28800 bytes."""
 
 MAX_HEADER_BYTES: Final = 100 * BLOCK
-MAX_AXIS: Final = 10_000
+MAX_AXIS: Final = 4_096
 """Bounds that keep a corrupt header from asking for memory."""
 
 SCIENCE_END: Final = HEADER_BYTES + SCIENCE_SHAPE[0] * FRAME_SHAPE[1] * 4
