@@ -251,9 +251,9 @@ def _check_objects(group: Group, objects: _Objects, *, finished: bool) -> Places
     for name in reports:
         if not seal_holds(objects.metadata.get(name, b"")):
             yield name, CHANGED
-    if "report/zarr.json" not in reports:
+    if "report/zarr.json" not in reports or b'"objects": ' not in objects.metadata["report/zarr.json"]:
         if finished:
-            yield "report/zarr.json", LOST
+            yield "report/zarr.json", f"{LOST}, or the end of the build: build it again"
         return
     try:
         report = json.loads(objects.metadata["report/zarr.json"])["attributes"]

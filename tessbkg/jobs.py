@@ -62,6 +62,7 @@ from tessbkg.storage import (
 from tessbkg.storage import Options as StorageOptions
 from tessbkg.store import (
     Group,
+    begin_report,
     check_fields,
     create_group,
     dataset_to_table,
@@ -492,6 +493,7 @@ def run_build(
     tell("scene", 0, 1)
     _run(client, [(make_scene_group, (job,))], None)
     tell("scene", 1, 1)
+    begin_report(job.group)
     if not marker(job.group, "template"):
         write_template(job.group, make_template(job, survey), job.shard_frames)
     parts = plan.missing if not plan.steps else unwritten_shards(job.group, job.shard_frames)
@@ -533,7 +535,7 @@ def _report(
     return Report(
         plan.job.ccd,
         plan.job.group.name,
-        pd.DataFrame(rows),
+        _table_of(rows),
         time.perf_counter() - began,
         len(parts),
         sum(row["nbytes"] for first, last in parts for row in rows[first:last]),
@@ -588,7 +590,16 @@ def read_report(
         raise StoreError(f"{store} has no {CCD(sector, camera, ccd)}")
     fields = json.loads(attrs["fields"])
     rows = read_rows(group, "report") or _shard_rows(group, fields["frames"], fields["shard_frames"])
-    return pd.DataFrame(rows)
+    return _table_of(rows)
+
+
+COLUMNS: Final = ("ffi", "status", "reason", "seconds", "nbytes", "retries", "scatter")
+"""What a report says of a frame."""
+
+
+def _table_of(rows: list[dict[str, Any]]) -> pd.DataFrame:
+    """Turn rows of a report into a table."""
+    return pd.DataFrame(rows, columns=list(COLUMNS)).astype({"scatter": np.float64})
 
 
 def _notes(group: Group) -> tuple[str, ...]:

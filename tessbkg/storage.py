@@ -97,8 +97,8 @@ def check_url(url: str, name: str = "URL") -> None:
     signed = re.search(r"(?i)[?&](X-Amz-Signature|Signature|sig)=", rest)
     if signed or ":" in authority.rpartition("@")[0]:
         raise ValueError(
-            f"{name} holds a password or a signature: credentials are not taken in URLs, because URLs are kept "
-            "in stores; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or AWS_PROFILE instead"
+            f"{name} holds a password or a signature: credentials are not taken in URLs, because URLs are "
+            "kept in stores; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or AWS_PROFILE instead"
         )
 
 

@@ -508,6 +508,12 @@ def seal_holds(content: bytes) -> bool:
     return hashlib.sha256(blank).hexdigest().encode() == found[1]
 
 
+def begin_report(group: Group) -> None:
+    """Make the child group `report`, empty: shards put their rows below it."""
+    if marker(group.child("report"), "digest") is None:
+        write_sealed(group.child("report"), {})
+
+
 def write_rows(group: Group, name: str, rows: list[dict[str, Any]], **more: Any) -> None:
     """Write rows of a report as JSON: the attribute `rows` of a child group, sealed."""
     write_sealed(group.child(name), {**more, "rows": rows})

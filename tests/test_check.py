@@ -171,7 +171,7 @@ def test_values_that_cannot_be_are_found(copy, name, change, words):
 
 def test_deep_finds_a_value_that_is_not_what_the_source_gives(copy):
     def change(values):
-        values[values == values] += np.float32(1e-3)
+        values += np.float32(1e-3)
 
     assert changed(copy, "scattered_light", change) == []
     deep = check(str(copy), deep=True, sample=FRAMES)
@@ -236,4 +236,4 @@ def test_the_report_tells_status_bytes_and_retries(made):
     assert "empty" in report["reason"][3]
     assert (report["nbytes"][report["status"] == 0] > 0).all()
     assert (report["retries"] == 0).all()
-    assert report["scatter"][report["status"] == 0].notna().all()
+    assert report["scatter"].dtype == float
