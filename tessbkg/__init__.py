@@ -15,13 +15,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tessbkg.catalog import list_ffis
     from tessbkg.ccd import CCD, Quality
+    from tessbkg.correction import correct
     from tessbkg.dataset import Options, scattered_light
+    from tessbkg.evaluation import evaluate
+    from tessbkg.exports import export
     from tessbkg.ffi import FrameStatus, read_ffi
     from tessbkg.geometry import angles, boresight_angles
     from tessbkg.jobs import build, plan_build, read_report
     from tessbkg.scene import MaskOptions
     from tessbkg.stack import open_ffis
     from tessbkg.store import open_background
+    from tessbkg.timebins import bin_time
 
 __version__ = "0.1.0"
 
@@ -33,7 +37,11 @@ _MODULE_OF = {
     "Quality": "ccd",
     "angles": "geometry",
     "boresight_angles": "geometry",
+    "bin_time": "timebins",
     "build": "jobs",
+    "correct": "correction",
+    "evaluate": "evaluation",
+    "export": "exports",
     "list_ffis": "catalog",
     "open_background": "store",
     "open_ffis": "stack",
@@ -51,7 +59,11 @@ __all__ = [
     "Quality",
     "angles",
     "boresight_angles",
+    "bin_time",
     "build",
+    "correct",
+    "evaluate",
+    "export",
     "list_ffis",
     "open_background",
     "open_ffis",

@@ -597,6 +597,30 @@ def check_command(
     click.echo(f"{store}: nothing is wrong")
 
 
+@main.command("report")
+@click.argument("store")
+@click.argument("out", type=click.Path(path_type=Path, dir_okay=False))
+@click.option("--sector", type=click.IntRange(1, 9999), required=True)
+@click.option("--camera", type=click.IntRange(1, 4), required=True)
+@click.option("--ccd", type=click.IntRange(1, 4), required=True)
+@store_options
+def report_command(
+    *, store: str, out: Path, sector: int, camera: int, ccd: int, store_endpoint_url: str | None
+) -> None:
+    """Write a page about a built CCD, with pictures, into the HTML file OUT.
+
+    \b
+    Example:
+      tessbkg report bkg.zarr s0001-1-4.html --sector 1 --camera 1 --ccd 4
+    """
+    from tessbkg.page import quality_page  # noqa: PLC0415
+
+    options = _storage(store_endpoint_url, None)
+    page = quality_page(store, sector=sector, camera=camera, ccd=ccd, store_options=options)
+    out.write_text(page, encoding="utf-8")
+    click.echo(out)
+
+
 @main.command("simulate")
 @click.argument("url")
 @identity_options

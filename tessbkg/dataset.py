@@ -161,7 +161,8 @@ def scattered_light(
     Returns
     -------
     xarray.Dataset
-        `scattered_light`, `scattered_light_err` : (time, y, x) float32, electron s-1, lazy;
+        `scattered_light`, `scattered_light_err` : (time, y, x) float32, electron s-1, lazy, one frame a
+        chunk: looking at one frame reads one frame;
         `n_pixels` and `filled` : (y, x); `frame_status` : (time,), lazy; coordinates and angles as in a
         store.
 
@@ -204,8 +205,8 @@ def scattered_light(
         new_axis=0,
         chunks=((2,), flux.chunks[0], (plan.shape[0],), (plan.shape[1],)),
         name="scattered-light-" + tokenize(flux.name, plan.subtract, options, kept),
-    ).rechunk({1: SHARD_FRAMES})
-    status = da.from_array(survey["status"].to_numpy().astype("u1"), chunks=SHARD_FRAMES)
+    )
+    status = da.from_array(survey["status"].to_numpy().astype("u1"), chunks=1)
     blank = da.isnan(both[0]).all(axis=(1, 2))
     status = da.where((status == FrameStatus.GOOD) & blank, np.uint8(FrameStatus.BLANK), status)
     coordinates = {
@@ -318,14 +319,16 @@ def noise_of(flux: Floats, flux_err: Floats) -> tuple[float, float] | None:
 
 def choose_noise_frames(survey: pd.DataFrame, dark: npt.NDArray[np.intp]) -> npt.NDArray[np.intp]:
     """Two dark and two bright good frames, to fit the noise law to."""
-    order = survey["excess"].to_numpy(dtype=np.float64).argsort()
-    order = order[np.isfinite(survey["excess"].to_numpy(dtype=np.float64)[order])]
+    excess = survey["excess"].where(survey["status"] == FrameStatus.GOOD).to_numpy(dtype=np.float64)
+    order = excess.argsort()
+    order = order[np.isfinite(excess[order])]
     return np.unique([*dark[:2], *order[-2:]])
 
 
 def _excess_of(ffis: xr.Dataset, survey: pd.DataFrame) -> npt.NDArray[np.float64]:
     """How bright each frame is, from bands of its file where there is one, else from `flux`."""
-    good = (survey["status"] == FrameStatus.GOOD).to_numpy()
+    # As in a job, whose survey is finished before frames are rejected.
+    good = survey["status"].isin([FrameStatus.GOOD, FrameStatus.REJECTED]).to_numpy()
     excess = np.full(len(survey), np.nan)
     if not good.any():
         return excess

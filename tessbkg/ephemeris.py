@@ -825,6 +825,28 @@ def camera_from_spacecraft(camera: int) -> Floats:
     return np.diag([-1.0, -1.0, 1.0]) @ tilt if camera <= 2 else tilt
 
 
+def nominal_pointing(sector: int, *, time: float | None = None) -> tuple[float, float, float]:
+    """Look up right ascension, declination and roll of the spacecraft in degrees.
+
+    Raises
+    ------
+    ValueError
+        As :func:`nominal_camera_frame`.
+    """
+    rows = [row[1:] for row in _pointings() if row[0] == sector]
+    if len(rows) > 1 and time is not None:
+        rows = [row for row in rows if row[3] <= time < row[4]]
+    if not rows:
+        raise ValueError(
+            f"sector={sector!r} is not in the pointing table (1 to {_last_sector()} and some special ones)"
+            + ("" if time is None else f" at {_moment(time)}")
+        )
+    if len(rows) > 1:
+        raise ValueError(f"sector={sector} has {len(rows)} pointings: give time")
+    ra, dec, roll = rows[0][:3]
+    return ra, dec, roll
+
+
 def nominal_camera_frame(sector: int, camera: int, *, time: float | None = None) -> Floats:
     """Find the axes of a camera from the sector's nominal pointing.
 
@@ -855,17 +877,7 @@ def nominal_camera_frame(sector: int, camera: int, *, time: float | None = None)
     array([-0.   ,  0.398, -0.918])
     """
     turn = camera_from_spacecraft(camera)
-    rows = [row[1:] for row in _pointings() if row[0] == sector]
-    if len(rows) > 1 and time is not None:
-        rows = [row for row in rows if row[3] <= time < row[4]]
-    if not rows:
-        raise ValueError(
-            f"sector={sector!r} is not in the pointing table (1 to {_last_sector()} and some special ones)"
-            + ("" if time is None else f" at {_moment(time)}")
-        )
-    if len(rows) > 1:
-        raise ValueError(f"sector={sector} has {len(rows)} pointings: give time")
-    ra, dec, roll = rows[0][:3]
+    ra, dec, roll = nominal_pointing(sector, time=time)
     return turn @ _turn_z(roll + 180) @ _turn_y(90 - dec) @ _turn_z(ra)
 
 

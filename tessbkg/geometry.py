@@ -885,6 +885,14 @@ def angles(
         If a time lies outside the ephemeris.
     ValueError
         If ``ds`` lacks what is needed, or no pointing can be found.
+
+    Examples
+    --------
+    >>> import xarray as xr
+    >>> grid = {"time": [1340.0], "row": ("y", [1.0, 2048.0]), "column": ("x", [45.0, 2092.0])}
+    >>> ds = angles(xr.Dataset(coords=grid, attrs={"sector": 1, "camera": 1, "ccd": 4}))
+    >>> ds.earth_angle.shape, ds.earth_angle.units
+    ((1, 2, 2), 'degree')
     """
     missing = [name for name in ("time", "row", "column") if name not in ds.variables]
     missing += [f"attribute {name}" for name in ("sector", "camera", "ccd") if name not in ds.attrs]

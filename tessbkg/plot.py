@@ -6,6 +6,7 @@ that are linear near zero and logarithmic far from it: the light spans five deca
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,18 @@ if TYPE_CHECKING:
     from tessbkg.scene import Scene
 
 UNITS = "e$^-$ s$^{-1}$"
+
+
+def _figure(width: float, height: float) -> Figure:
+    """Make an empty figure that needs no display; tell a notebook how to show it."""
+    from matplotlib.figure import Figure as NewFigure  # noqa: PLC0415 (slow to import)
+
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    if shell is not None:
+        from IPython.core.pylabtools import select_figure_formats  # noqa: PLC0415
+
+        select_figure_formats(shell, {"png"})
+    return NewFigure(figsize=(width, height), dpi=80, layout="constrained")
 
 
 def _norm(low: float, high: float, linear: float) -> Any:
@@ -67,9 +80,8 @@ def plot_reduction(
     8
     """
     from matplotlib.colors import BoundaryNorm, ListedColormap  # noqa: PLC0415
-    from matplotlib.figure import Figure as NewFigure  # noqa: PLC0415
 
-    figure = NewFigure(figsize=(13, 11), dpi=80, layout="constrained")
+    figure = _figure(13, 11)
     axes = figure.subplots(2, 2)
     low, high = np.nanpercentile(scene.flux, [1, 99.5])
     sky = {"norm": _norm(low - 5, max(high, float(np.nanpercentile(flux, 99.5))), 30), "cmap": "viridis"}
@@ -138,8 +150,6 @@ def plot_focal_plane(
     >>> len(plot_focal_plane([ds.isel(time=0) for ds in ccds], "earth_angle").axes)
     2
     """
-    from matplotlib.figure import Figure as NewFigure  # noqa: PLC0415
-
     parts = list(datasets)
     for ds in parts:
         if variable not in ds or ds[variable].dims != ("y", "x") or "pixel_direction" not in ds:
@@ -154,7 +164,7 @@ def plot_focal_plane(
     elif variable.startswith("scattered_light"):
         style = {"norm": _norm(min(low, 0), high, max((high - low) / 100, 0.1)), "cmap": "inferno"}
     wide = len({ds.attrs["camera"] for ds in parts}) > 1
-    figure = NewFigure(figsize=(14, 4.4) if wide else (7, 6), dpi=80, layout="constrained")
+    figure = _figure(14, 4.4) if wide else _figure(7, 6)
     axes = figure.subplots()
     drawn = None
     for ds in parts:
@@ -205,15 +215,13 @@ def plot_light_curve(ds: xr.Dataset) -> Figure:
     >>> len(plot_light_curve(light.to_dataset(name="scattered_light")).axes)
     1
     """
-    from matplotlib.figure import Figure as NewFigure  # noqa: PLC0415
-
     time = ds["time"].to_numpy()
     light = ds["scattered_light"].to_numpy().reshape(len(time), -1)
     good = np.isfinite(light).any(axis=1)
     low, middle, high = np.full((3, len(time)), np.nan)
     low[good], middle[good], high[good] = np.nanpercentile(light[good], [5, 50, 95], axis=1)
     angles = [body for body in ("earth", "moon") if f"{body}_boresight_angle" in ds]
-    figure = NewFigure(figsize=(12, 6 if angles else 3.6), dpi=80, layout="constrained")
+    figure = _figure(12, 6 if angles else 3.6)
     panels: Any = figure.subplots(2 if angles else 1, 1, sharex=True, squeeze=False)[:, 0]
     step = np.median(np.diff(time)) if len(time) > 1 else 1.0
     cuts = np.flatnonzero(np.diff(time) > 5 * step) + 1
@@ -289,7 +297,6 @@ def animate(
     """
     from matplotlib.animation import FFMpegWriter, FuncAnimation, PillowWriter  # noqa: PLC0415
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
-    from matplotlib.figure import Figure as NewFigure  # noqa: PLC0415
 
     if variable not in ds or ds[variable].dims != ("time", "y", "x"):
         three = [str(name) for name, v in ds.items() if v.dims == ("time", "y", "x")]
@@ -307,7 +314,7 @@ def animate(
     chosen = good[np.linspace(0, good.size - 1, min(good.size, max_frames)).round().astype(int)]
     cube = ds[variable].isel(time=chosen).to_numpy()
     low, high = np.nanpercentile(cube, [0.5, 99.8])
-    figure = NewFigure(figsize=(6.4, 5.6), dpi=80, layout="constrained")
+    figure = _figure(6.4, 5.6)
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     attrs = ds[variable].attrs

@@ -29,6 +29,7 @@ import zarr
 from scipy.ndimage import gaussian_filter  # type: ignore[import-untyped,unused-ignore]
 
 from tessbkg.ccd import CCD, INDEX_EPOCH, LIVE_FRACTION, SCIENCE_SHAPE, STRAP_COLUMNS, Quality
+from tessbkg.ephemeris import lines_of_sight, nominal_pointing, tess_position
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -159,6 +160,7 @@ class Simulation:
     seed: int = 0
     model: Model = KINDS["orbit"]
     pointing: tuple[float, float, float] | None = None
+    orbit: str = "synthetic"
 
     def __post_init__(self) -> None:
         CCD(self.sector, self.camera, self.ccd)
@@ -173,6 +175,8 @@ class Simulation:
             raise ValueError(f"cadence={self.cadence!r} s: allowed are multiples of 20 s")
         if self.start is not None and not 1000 < self.start < 20000:
             raise ValueError(f"start={self.start!r}: a TJD (JD - 2457000) between 1000 and 20000 is wanted")
+        if self.orbit not in {"synthetic", "mission"}:
+            raise ValueError(f"orbit={self.orbit!r} is unknown: allowed are 'synthetic' and 'mission'")
         if self.pointing is not None and (len(self.pointing) != 3 or not -90 <= self.pointing[1] <= 90):
             raise ValueError(f"pointing={self.pointing!r}: (ra, dec, roll) in degrees are wanted")
 
@@ -266,6 +270,8 @@ def _pointing(sim: Simulation) -> tuple[float, float, float]:
         return sim.pointing
     if sim.sector == 1:
         return 352.6844, -64.8531, 222.153
+    if sim.orbit == "mission":
+        return nominal_pointing(sim.sector)
     year, n = divmod(sim.sector - 1, 13)
     return (352.68 + 27.7 * n) % 360.0, -54.0 if year % 2 == 0 else 54.0, 222.153
 
@@ -296,7 +302,7 @@ def _about_y(degree: float) -> F64:
     return np.array([[c, 0, -s], [0, 1.0, 0], [s, 0, c]])
 
 
-def _sky(sim: Simulation, days: F64) -> tuple[F64, F64, F64, F64]:
+def _sky(sim: Simulation, days: F64, mid: F64) -> tuple[F64, F64, F64, F64]:
     """Give the unit vectors of Earth and Moon in the camera frame and their distances in km.
 
     Synthetic: TESS on an ellipse of 17 to 59 Earth radii, the Moon on a circle. In the spacecraft frame the
@@ -307,7 +313,18 @@ def _sky(sim: Simulation, days: F64) -> tuple[F64, F64, F64, F64]:
     sim : Simulation
     days : numpy.ndarray
         Days after the nominal start of the sector.
+    mid : numpy.ndarray
+        TJD of the same moments; where TESS really was then is taken with ``orbit="mission"``.
     """
+    if sim.orbit == "mission":
+        axes = _axes(_pointing(sim), sim.camera)
+        sight = lines_of_sight(mid, tess_position(mid))
+        (earth, earth_km), (moon, moon_km) = (
+            (vector @ axes.T / length[:, None], length)
+            for vector in (sight["earth"], sight["moon"])
+            for length in [np.linalg.norm(vector, axis=1)]
+        )
+        return earth, moon, earth_km, moon_km
     a, e = 38.0, 0.553
     mean = 2 * np.pi * (days - PERIGEE) / ORBIT
     ecc = mean.copy()
@@ -364,7 +381,7 @@ def _table(sim: Simulation) -> _Frames:
     )  # 29 s: the phase of the real sector 1
     mid = start + day / 2
     days: F64 = slot.astype(np.float64) * day
-    earth, moon, earth_km, moon_km = _sky(sim, days)
+    earth, moon, earth_km, moon_km = _sky(sim, days, mid)
     centre = (
         _axes(_pointing(sim), sim.camera).T
         @ _directions(sim.camera, sim.ccd, *map(np.atleast_1d, (0.5, 0.5)))[0]
@@ -1030,6 +1047,7 @@ def simulate(
     seed: int = 0,
     kind: str | Model = "orbit",
     pointing: tuple[float, float, float] | None = None,
+    orbit: str = "synthetic",
     faults: Mapping[int, str] | Iterable[tuple[int, str]] = (),
     ffiindex: bool = True,
     ffir: bool = True,
@@ -1067,6 +1085,9 @@ def simulate(
         One of `KINDS`, or a `Model` of your own.
     pointing : tuple of float, optional
         Right ascension, declination and roll of the spacecraft in degrees.
+    orbit : {"synthetic", "mission"}
+        Where the Earth and the Moon are: on an orbit that gives every run dark and bright frames, or where
+        they really were, with the sector's real pointing, so that light and angles belong together.
     faults : mapping of int to str, or pairs
         Which frames get which of `FAULTS`.
     ffiindex : bool
@@ -1098,7 +1119,9 @@ def simulate(
     >>> truth.light.shape, str(truth.ffi.values[0])
     ((3, 8, 8), 'tess2018206192942-s0001-1-4-0120-s_ffic.fits')
     """
-    sim = Simulation(sector, camera, ccd, frames, start, cadence, step, shape, seed, _model(kind), pointing)
+    sim = Simulation(
+        sector, camera, ccd, frames, start, cadence, step, shape, seed, _model(kind), pointing, orbit
+    )
     chosen = _faults(faults, frames)
     options = dict(storage_options or {})
     fs, root = fsspec.core.url_to_fs(url, **options)

@@ -118,9 +118,7 @@ def _headers(frames: pd.DataFrame, options: Options, cache: str | None) -> pd.Da
         fs, path = filesystem(cache, {})
         if fs.exists(path):
             with fs.open(path, "r") as file:
-                survey = pd.read_csv(
-                    file, float_precision="round_trip", keep_default_na=False, na_values=["nan"]
-                )
+                survey = _typed(pd.read_csv(file, dtype=str, keep_default_na=False))
             if set(survey.get("url", ())) == set(frames["url"]):
                 return survey
     survey = finish_survey([survey_frames(frames, bands=False, storage_options=options)])
@@ -128,6 +126,14 @@ def _headers(frames: pd.DataFrame, options: Options, cache: str | None) -> pd.Da
         with fs.open(path, "w") as file:
             survey.to_csv(file, index=False, na_rep="nan")
     return survey
+
+
+def _typed(text: pd.DataFrame) -> pd.DataFrame:
+    """Give columns of text their types; numbers come back to the last bit, in every version of pandas."""
+    for name in text.columns.difference(["ffi", "url", "reason"]):
+        whole = text[name].str.fullmatch(r"-?\d+").all()
+        text[name] = text[name].astype(np.int64 if whole else np.float64)
+    return text
 
 
 def stack(survey: pd.DataFrame, ccd: CCD, options: Options, on_error: OnError) -> xr.Dataset:

@@ -444,10 +444,9 @@ def write_shard(
     """
     store = group.store()
     for name, block in (*variables.items(), ("frame_status", status)):
-        with store_errors(group):
-            array = zarr.open_array(
-                store, path=f"{group.path}/{name}", mode="r+", config={"write_empty_chunks": True}
-            )
+        # zarr 3.1 ignores `config` of open_array
+        with store_errors(group), zarr.config.set({"array.write_empty_chunks": True}):
+            array = zarr.open_array(store, path=f"{group.path}/{name}", mode="r+")
         _check_region(array, first, last, block, name)
         with store_errors(group):
             try:
