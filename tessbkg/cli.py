@@ -441,8 +441,9 @@ def _progress(label: str) -> Iterator[Any]:
 
         def progress(step: str, done: int, total: int) -> None:
             if not sys.stderr.isatty():
-                if done == 0:
-                    click.echo(f"{label}: {step}, {total} tasks", err=True)
+                if step not in bars:
+                    bars[step] = None
+                    click.echo(f"{label}: {step}, {total} tasks, {done} done", err=True)
                 return
             if step not in bars:
                 bars[step] = stack.enter_context(

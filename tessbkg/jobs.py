@@ -10,6 +10,7 @@ import functools
 import hashlib
 import json
 import logging
+import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -1003,4 +1004,16 @@ def local_cluster(workers: int) -> Iterator[Client]:
         ) as cluster,
         Client(cluster) as client,
     ):
+        client.register_plugin(_deaf(), name="tessbkg-deaf")
         yield client
+
+
+def _deaf() -> Any:
+    """Make a plugin that keeps workers from the terminal's Ctrl-C: their client ends them in good order."""
+    from distributed import WorkerPlugin  # noqa: PLC0415
+
+    class Deaf(WorkerPlugin):
+        def setup(self, worker: Any) -> None:  # noqa: ARG002 (of distributed)
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    return Deaf()
