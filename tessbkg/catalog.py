@@ -24,6 +24,7 @@ from tessbkg.ffi import BLOCK, read_cards
 from tessbkg.storage import (
     Options,
     check_below,
+    check_url,
     filesystem,
     has_magic,
     join,

@@ -320,6 +320,7 @@ def plan_build(
     3
     """
     check_on_error(on_error)
+    check_url(str(store), "store")
     if isinstance(shard_frames, bool) or not isinstance(shard_frames, int) or not 1 <= shard_frames <= 4096:
         raise ValueError(f"shard_frames={shard_frames!r} is out of range: allowed are 1 to 4096")
     options = _options(options, reduction)
@@ -330,7 +331,6 @@ def plan_build(
     else:
         table = list_ffis(files, sector=sector, camera=camera, ccd=ccd, root=root, storage_options=source)
     identity = single_ccd(table)
-    check_url(store, "store")
     if frames is not None:
         total = len(table)
         table = table.iloc[frames].reset_index(drop=True)
