@@ -21,7 +21,17 @@ import pandas as pd
 from tessbkg.ccd import CCD
 from tessbkg.errors import CatalogError, FFIReadError
 from tessbkg.ffi import BLOCK, read_cards
-from tessbkg.storage import Options, filesystem, has_magic, join, list_folder, read_ranges, source_options
+from tessbkg.storage import (
+    Options,
+    check_below,
+    check_url,
+    filesystem,
+    has_magic,
+    join,
+    list_folder,
+    read_ranges,
+    source_options,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -149,6 +159,8 @@ def _explicit(files: str | Iterable[str], options: Options | None) -> tuple[list
         found = fs.glob(path, detail=True).values()
     elif fs.isdir(path):
         found = fs.find(path, detail=True).values()
+        for info in found:
+            check_below(path, str(info["name"]))
     else:
         return _explicit([files], options)[0], files
     return [_entry(fs, info) for info in found], files
