@@ -117,6 +117,15 @@ NOISE_FRAMES: Final = 4
 SCENE_BYTES: Final = 60_000_000
 """Scene, error and mask, and what is prepared of them."""
 
+WORKER_ENVIRONMENT: Final = {
+    "MALLOC_TRIM_THRESHOLD_": 2 << 30,
+    "MALLOC_MMAP_THRESHOLD_": 1 << 30,
+    "MALLOC_TOP_PAD_": 64 << 20,
+    "MALLOC_ARENA_MAX": 1,
+}
+"""Settings of glibc for a worker: keep freed frame-sized buffers, and keep them where every thread finds them.
+One arena a thread would hold a third more memory: 600 MB became 900 MB."""
+
 Progress = Callable[[str, int, int], None]
 
 
@@ -1007,13 +1016,7 @@ def local_cluster(workers: int) -> Iterator[Client]:
 
     environment = "distributed.nanny.pre-spawn-environ"
     with (
-        dask.config.set(
-            {
-                f"{environment}.MALLOC_TRIM_THRESHOLD_": 2 << 30,
-                f"{environment}.MALLOC_MMAP_THRESHOLD_": 1 << 30,
-                f"{environment}.MALLOC_TOP_PAD_": 64 << 20,
-            }
-        ),
+        dask.config.set({f"{environment}.{name}": value for name, value in WORKER_ENVIRONMENT.items()}),
         LocalCluster(
             n_workers=workers, threads_per_worker=1, host="127.0.0.1", dashboard_address="127.0.0.1:0"
         ) as cluster,
