@@ -98,7 +98,11 @@ def run(cache: Path, *, repeats: int, quick: bool, prior: str | None):
                     # Its static frame has the light that its own dark frames share.
                     found[name] = score(value[kept], error[kept], light, inside)
                     found[name]["seconds a frame"] = float(np.median(seconds[kept]))
-            figures[f"{kind} bin {size}"] = {**found, "frames": len(judged), "light of dark frames": float(base.mean())}
+            figures[f"{kind} bin {size}"] = {
+                **found,
+                "frames": len(judged),
+                "light of dark frames": float(base.mean()),
+            }
             rows += [
                 (
                     f"{kind}, bin {size}: {name}",
@@ -110,7 +114,11 @@ def run(cache: Path, *, repeats: int, quick: bool, prior: str | None):
                 )
                 for name, one in found.items()
             ]
-            print(f"  {kind} bin {size}: " + json.dumps({k: round(v["rms of the middle frame"], 3) for k, v in found.items()}), flush=True)
+            print(
+                f"  {kind} bin {size}: "
+                + json.dumps({k: round(v["rms of the middle frame"], 3) for k, v in found.items()}),
+                flush=True,
+            )
     head = ("", "rms", "rms, middle frame", "worst bin", "z (robust)", "z (rms)")
     note = (
         "Difference from the truth in electron s-1 over all bins that have pixels, of frames that are not "

@@ -26,7 +26,10 @@ def raw_read(urls, ends, options):
 
     fs, _ = filesystem(urls[0], source_options(urls[0], options))
     with ThreadPoolExecutor(READ_AHEAD) as pool:
-        jobs = [pool.submit(fs.cat_file, fs._strip_protocol(u), start=0, end=e) for u, e in zip(urls, ends, strict=True)]
+        jobs = [
+            pool.submit(fs.cat_file, fs._strip_protocol(u), start=0, end=e)
+            for u, e in zip(urls, ends, strict=True)
+        ]
         return sum(len(job.result()) for job in jobs)
 
 
@@ -87,7 +90,12 @@ def timed_build(source, folder, statistic, client, dark_frames):
     if bad:
         raise RuntimeError(report.summary())
     seconds = report.frames.loc[report.frames["nbytes"] > 0, "seconds"]
-    return {"whole": whole, "shards": marks[-1] - marks[0], "frame": float(seconds.median()), "nbytes": report.nbytes}
+    return {
+        "whole": whole,
+        "shards": marks[-1] - marks[0],
+        "frame": float(seconds.median()),
+        "nbytes": report.nbytes,
+    }
 
 
 def kernel_limit(survey, scene, statistic, repeats):
@@ -170,7 +178,9 @@ def run(cache: Path, *, repeats: int, quick: bool, prior: str | None, servers_wa
                         clock(
                             source,
                             f"tessbkg {statistic}, {who}",
-                            lambda s=statistic, c=cluster, source=source: timed_build(source, tmp, s, c, dark_frames),
+                            lambda s=statistic, c=cluster, source=source: timed_build(
+                                source, tmp, s, c, dark_frames
+                            ),
                         )
                 if source.name == "ceph" or round_ == 0:
                     continue  # slow; one server is enough
@@ -224,7 +234,17 @@ def summarise(figures, runs, n, nbytes, limit, old, default):
             )
         )
     for name, one in old.items():
-        rows.append((f"tess-backml 0.3.3, {name}", ratio(slow / one["median"]), ratio(fixed / one["median"]), "", ms(one["median"]), "", ""))
+        rows.append(
+            (
+                f"tess-backml 0.3.3, {name}",
+                ratio(slow / one["median"]),
+                ratio(fixed / one["median"]),
+                "",
+                ms(one["median"]),
+                "",
+                "",
+            )
+        )
     first = table(
         f"Build of {n} frames of 2048 x 2048, bin 16, by where the frames are",
         (

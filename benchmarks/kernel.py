@@ -56,7 +56,9 @@ def contenders(flux, scene, size):
     except ImportError:
         print("  scikit-image is not installed")
     else:
-        calls["skimage block_reduce(np.nanmedian)"] = lambda: block_reduce(prepared(), (size, size), np.nanmedian)
+        calls["skimage block_reduce(np.nanmedian)"] = lambda: block_reduce(
+            prepared(), (size, size), np.nanmedian
+        )
         calls["skimage block_reduce(np.median), nothing masked"] = lambda: block_reduce(
             flux - scene.flux, (size, size), np.median
         )
@@ -68,15 +70,17 @@ def contenders(flux, scene, size):
     else:
 
         def background2d(clip):
-            return lambda: Background2D(
-                flux - scene.flux,
-                (size, size),
-                mask=masked,
-                exclude_percentile=90,
-                filter_size=1,
-                sigma_clip=clip,
-                bkg_estimator=MedianBackground(sigma_clip=None),
-            ).background_mesh
+            return lambda: (
+                Background2D(
+                    flux - scene.flux,
+                    (size, size),
+                    mask=masked,
+                    exclude_percentile=90,
+                    filter_size=1,
+                    sigma_clip=clip,
+                    bkg_estimator=MedianBackground(sigma_clip=None),
+                ).background_mesh
+            )
 
         calls["photutils Background2D, median"] = background2d(None)
         calls["photutils Background2D, median, clipped at 3 sigma"] = background2d(SigmaClip(3.0, maxiters=5))
@@ -108,7 +112,12 @@ def run(cache: Path, *, repeats: int, quick: bool):
             ours = median(seconds["tessbkg median"])
             figures[f"bin {size}"] = {name: spread(values) for name, values in seconds.items()}
             rows = [
-                (name, ratio(median(values) / ours), ms(median(values)), f"{ms(min(values))}-{ms(max(values))}")
+                (
+                    name,
+                    ratio(median(values) / ours),
+                    ms(median(values)),
+                    f"{ms(min(values))}-{ms(max(values))}",
+                )
                 for name, values in seconds.items()
             ]
             tables.append(

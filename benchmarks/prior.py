@@ -90,7 +90,9 @@ def main():
         cube.get_scatter_light_cube(rolling=bool(arguments.rolling), errors=bool(arguments.errors))
     seconds = np.array([times[i] for i in sorted(times)])
     np.savez(arguments.out, value=cube.scatter_cube, error=cube.scatter_err_cube, seconds=seconds)
-    print(json.dumps({"frames": len(seconds), "median": float(np.median(seconds)), "min": float(seconds.min())}))
+    print(
+        json.dumps({"frames": len(seconds), "median": float(np.median(seconds)), "min": float(seconds.min())})
+    )
 
 
 if __name__ == "__main__":

@@ -138,21 +138,34 @@ def run(cache: Path, *, repeats: int, quick: bool, servers_wanted):
             server.filesystem().pipe_file(f"{bucket}/ours.zarr/zarr.json", (made / "zarr.json").read_bytes())
             places[name] = (f"{bucket}/layouts.zarr", f"{bucket}/ours.zarr", server.options())
         for place, (url, store, options) in places.items():
-            layouts = LAYOUTS if place == "disk" else {k: LAYOUTS[k] for k in list(LAYOUTS)[:1] + list(LAYOUTS)[3:7]}
+            layouts = (
+                LAYOUTS
+                if place == "disk"
+                else {k: LAYOUTS[k] for k in list(LAYOUTS)[:1] + list(LAYOUTS)[3:7]}
+            )
             root = zarr.open_group(open_store(url, options), mode="w", zarr_format=3)
             calls, sizes = {}, {}
             for i, name in enumerate(layouts):
                 copy_layout(source, root.create_group(str(i)), name, frames)
                 group = zarr.open_group(open_store(url, options, read_only=True), path=str(i), mode="r")
-                calls |= {(name, what): f for what, f in reads(group, frames, np.random.default_rng(1)).items()}
+                calls |= {
+                    (name, what): f for what, f in reads(group, frames, np.random.default_rng(1)).items()
+                }
                 if place == "disk":
                     files = [f for f in (Path(url) / str(i)).rglob("*") if f.is_file()]
                     sizes[name] = (sum(f.stat().st_size for f in files), len(files))
             bare = zarr.open_group(open_store(store, options, read_only=True), path=path, mode="r")
-            calls |= {("bare zarr", what): f for what, f in reads(bare, frames, np.random.default_rng(1)).items()}
-            for label, chunks in (("open_background, dask", "shards"), ("open_background, chunks=None", None)):
+            calls |= {
+                ("bare zarr", what): f for what, f in reads(bare, frames, np.random.default_rng(1)).items()
+            }
+            for label, chunks in (
+                ("open_background, dask", "shards"),
+                ("open_background, chunks=None", None),
+            ):
                 dataset = tessbkg.open_background(store, store_options=options, chunks=chunks, **CCD1)
-                calls |= {(label, what): f for what, f in ours(dataset, frames, np.random.default_rng(1)).items()}
+                calls |= {
+                    (label, what): f for what, f in ours(dataset, frames, np.random.default_rng(1)).items()
+                }
             opening = {
                 "open_background": lambda store=store, options=options: tessbkg.open_background(
                     store, store_options=options, **CCD1
@@ -164,7 +177,11 @@ def run(cache: Path, *, repeats: int, quick: bool, servers_wanted):
             figures[place]["open_background"] = spread(opened)
             kinds = list(dict.fromkeys(what for _, what in calls))
             for title, names, base in (
-                (f"Reading a store of {frames:,} x 128 x 128 from {place}", ("bare zarr", *[a for a in ("open_background, chunks=None", "open_background, dask")]), "bare zarr"),
+                (
+                    f"Reading a store of {frames:,} x 128 x 128 from {place}",
+                    ("bare zarr", *[a for a in ("open_background, chunks=None", "open_background, dask")]),
+                    "bare zarr",
+                ),
                 (f"Layouts of the same cube, {place}", tuple(layouts), CURRENT),
             ):
                 rows = []
@@ -184,5 +201,7 @@ def run(cache: Path, *, repeats: int, quick: bool, servers_wanted):
                     head += ("MB, light and maps", "files")
                 note = f"Opening takes {ms(median(opened))} ms." if base == "bare zarr" else ""
                 tables.append(table(title, head, rows, note))
-    figures["sizes"] = {name: {"bytes": size, "files": n} for name, (size, n) in sizes.items()} if sizes else {}
+    figures["sizes"] = (
+        {name: {"bytes": size, "files": n} for name, (size, n) in sizes.items()} if sizes else {}
+    )
     return figures, tables

@@ -44,7 +44,10 @@ def graph_bytes(plan):
     """Pickle the arguments of every task that a cluster would get."""
     from tessbkg import jobs
 
-    calls = [(jobs.survey_part, (plan.job, plan.frames.iloc[part])) for part in jobs._survey_parts(len(plan.frames))]
+    calls = [
+        (jobs.survey_part, (plan.job, plan.frames.iloc[part]))
+        for part in jobs._survey_parts(len(plan.frames))
+    ]
     calls.append((jobs.make_scene_group, (plan.job,)))
     calls += [(jobs.reduce_shard, (plan.job, first, last)) for first, last in plan.missing]
     return sum(len(pickle.dumps(call)) for call in calls), len(calls)
@@ -109,11 +112,15 @@ def frames_of_build(root, n, folder, client=None):
 
     out = f"{folder}/linear-{n}-{time.monotonic_ns()}.zarr"
     cpu = time.process_time()
-    tessbkg.build(out, root=str(root), frames=slice(0, n), dark_frames=4, progress=progress, client=client, **CCD1)
+    tessbkg.build(
+        out, root=str(root), frames=slice(0, n), dark_frames=4, progress=progress, client=client, **CCD1
+    )
     return marks[-1] - marks[0], time.process_time() - cpu
 
 
-def sector_study(*, frame_cpu, frame_bytes=17.5e6, survey_share=0.025, frames=SECTOR_FRAMES, ccds=16, workers=50):
+def sector_study(
+    *, frame_cpu, frame_bytes=17.5e6, survey_share=0.025, frames=SECTOR_FRAMES, ccds=16, workers=50
+):
     """Cost of a whole sector of 200-s data on a cluster, from the seconds of one core a frame.
 
     Parameters
@@ -202,7 +209,12 @@ def run(cache: Path, *, repeats: int, quick: bool):
                 max(values) < 700e6,
             )
         grown = peaks[counts[1]]["reduce"] / peaks[counts[0]]["reduce"] - 1
-        row(f"growth of a worker's memory from {counts[0]} to {counts[1]:,} frames", f"{100 * grown:+.1f} %", "1 %", grown < 0.01)
+        row(
+            f"growth of a worker's memory from {counts[0]} to {counts[1]:,} frames",
+            f"{100 * grown:+.1f} %",
+            "1 %",
+            grown < 0.01,
+        )
 
         small, _ = sky(cache, "smooth", 64, (64, 64))
         tiny = sorted((small / "ffi").rglob("*_ffic.fits"))
@@ -210,7 +222,9 @@ def run(cache: Path, *, repeats: int, quick: bool):
         sizes = (64, 128, 256) if quick else (64, 256, 1024)
         linked(linear, tiny, sizes[-1])
         frames_of_build(linear, 64, folder)
-        measured = {n: min(frames_of_build(linear, n, folder)[0] for _ in range(2 if quick else 3)) for n in sizes}
+        measured = {
+            n: min(frames_of_build(linear, n, folder)[0] for _ in range(2 if quick else 3)) for n in sizes
+        }
         exponent = float(np.polyfit(np.log(list(measured)), np.log(list(measured.values())), 1)[0])
         figures["time of the shards by frames"] = {"seconds": measured, "exponent": exponent}
         row(
@@ -234,7 +248,12 @@ def run(cache: Path, *, repeats: int, quick: bool):
             times = measure({1: lambda: work(1), 2: lambda: work(2)}, repeats=max(3, repeats))
         walls = {number: median(values) for number, values in times.items()}
         figures["compute-bound seconds by workers"] = walls
-        row("1 -> 2 workers of one thread, compute-bound", ratio(walls[1] / walls[2]), "1.7 x", walls[1] / walls[2] >= 1.7)
+        row(
+            "1 -> 2 workers of one thread, compute-bound",
+            ratio(walls[1] / walls[2]),
+            "1.7 x",
+            walls[1] / walls[2] >= 1.7,
+        )
 
     figures["survey share of bytes"] = jobs.SURVEY_SHARE
     url = files[len(files) // 2]

@@ -31,13 +31,22 @@ def run(cache: Path, *, repeats: int, quick: bool):
         "tessbkg --help": (python("-m", "tessbkg.cli", "--help"), 0.5),
         "tessbkg build --help": (python("-m", "tessbkg.cli", "build", "--help"), 0.5),
         "import xarray, zarr, dask.array": (python("-c", BACKGROUND), None),
-        "open_ffis and its first frame (24 frames on disk)": (python("-c", FIRST.format(root=str(root))), None),
+        "open_ffis and its first frame (24 frames on disk)": (
+            python("-c", FIRST.format(root=str(root))),
+            None,
+        ),
     }
     script = Path(sys.executable).with_name("tessbkg")
     if script.exists():
-        for name, arguments in (("tessbkg --help", ["--help"]), ("tessbkg build --help", ["build", "--help"])):
+        for name, arguments in (
+            ("tessbkg --help", ["--help"]),
+            ("tessbkg build --help", ["build", "--help"]),
+        ):
             command = [str(script), *arguments]
-            calls[name] = (lambda command=command: subprocess.run(command, check=True, capture_output=True), 0.5)
+            calls[name] = (
+                lambda command=command: subprocess.run(command, check=True, capture_output=True),
+                0.5,
+            )
     seconds = measure({name: call for name, (call, _) in calls.items()}, repeats=max(5, repeats))
     figures = {name: spread(values) for name, values in seconds.items()}
     rows = [
@@ -50,4 +59,6 @@ def run(cache: Path, *, repeats: int, quick: bool):
         )
         for name, (_, bar) in calls.items()
     ]
-    return figures, [table("Start-up, a new process each time", ("", "ms, median", "ms, best", "bar", "met"), rows)]
+    return figures, [
+        table("Start-up, a new process each time", ("", "ms, median", "ms, best", "bar", "met"), rows)
+    ]

@@ -736,7 +736,9 @@ def make_scene_group(job: Job) -> None:
         raise FFIReadError(str(survey["url"].iloc[dark[0]]), "none of the dark frames could be read")
     chosen = survey.iloc[choose_bright_frames(survey, dark)]
     bright = (
-        [] if chosen.empty else [frame.flux for _, frame in read_ahead(job, chosen) if isinstance(frame, FFI)]
+        []
+        if chosen.empty
+        else [frame.flux for _, frame, _ in read_ahead(job, chosen) if isinstance(frame, FFI)]
     )
     scene = make_scene(
         stack[: len(kept)],
