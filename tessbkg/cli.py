@@ -169,8 +169,8 @@ def reduction_options(function: Any) -> Any:
         ),
         click.option(
             "--statistic",
-            type=click.Choice(["median", "mean", "clipped", "rolling", "sparse"]),
-            default="median",
+            type=click.Choice(["whole", "median", "mean", "clipped", "rolling", "sparse"]),
+            default="whole",
             show_default=True,
             help="What a bin's value is.",
         ),
@@ -726,3 +726,50 @@ def demo_command(*, out: Path, frames: int) -> None:
     )
     click.echo("   tessbkg plan bkg.zarr --sector 1 --camera 1 --ccd 4")
     click.echo("   tessbkg build bkg.zarr --sector 1 --camera 1 --ccd 4 --frames 0:200 --workers 2")
+
+
+@main.command("export")
+@click.argument("store")
+@click.argument("out")
+@click.option("--sector", type=click.IntRange(1, 9999), required=True)
+@click.option("--camera", type=click.IntRange(1, 4), required=True)
+@click.option("--ccd", type=click.IntRange(1, 4), required=True)
+@click.option(
+    "--format",
+    "format_",
+    type=click.Choice(["npz", "fits", "netcdf"]),
+    help="npz and fits as of tess-backml. [default: as the name of OUT says]",
+)
+@store_options
+def export_command(
+    *,
+    store: str,
+    out: str,
+    sector: int,
+    camera: int,
+    ccd: int,
+    format_: str | None,
+    store_endpoint_url: str | None,
+) -> None:
+    """Write the light of one CCD of STORE to the file OUT in another format.
+
+    \b
+    Example:
+      tessbkg export bkg.zarr s1-1-4.fits --sector 1 --camera 1 --ccd 4
+    """
+    from tessbkg.exports import export  # noqa: PLC0415
+
+    known = {".npz": "npz", ".fits": "fits", ".nc": "netcdf"}
+    form = format_ or known.get(Path(out).suffix)
+    if form is None:
+        raise click.UsageError(f"--format is needed: the name {out!r} ends in none of {', '.join(known)}")
+    export(
+        store,
+        out,
+        format=form,  # type: ignore[arg-type]
+        sector=sector,
+        camera=camera,
+        ccd=ccd,
+        store_options=_storage(store_endpoint_url, None),
+    )
+    click.echo(f"{out}: {form} of sector {sector} camera {camera} CCD {ccd}")
