@@ -124,6 +124,7 @@ def list_ffis(
     sectors = None if sector is None else _wanted(sector, "sector")
     cameras = _wanted(range(1, 5) if camera is None else camera, "camera")
     ccds = _wanted(range(1, 5) if ccd is None else ccd, "ccd")
+    check_url(root, "root")
     if files is not None:
         entries, where = _explicit(files, storage_options)
     elif sectors is None:

@@ -96,8 +96,8 @@ class Options:
         known = self.ephemeris in {"table", "horizons"} or self.ephemeris.lower().endswith((".bsp", ".csv"))
         if not known:
             raise ValueError(
-                f"ephemeris={self.ephemeris!r} is unknown: allowed are 'table', 'horizons', a SPICE kernel '*.bsp' "
-                "or a TESSVectors file '*.csv'"
+                f"ephemeris={self.ephemeris!r} is unknown: allowed are 'table', 'horizons', "
+                "a SPICE kernel '*.bsp' or a TESSVectors file '*.csv'"
             )
         if not 0 <= self.drop_quality < 1 << 16:
             raise ValueError(f"drop_quality={self.drop_quality} is out of range: allowed are 0 to 65535")

@@ -311,8 +311,7 @@ def header_of(fs: Any, path: str, data: bytes) -> tuple[FFIHeader, bytes]:
     try:
         return parse_header(data, path), data
     except IndexError:
-        more = read_range(fs, path, len(data), 2 * MAX_HEADER_BYTES)
-    data += more
+        data += _rest(fs, path, len(data), 2 * MAX_HEADER_BYTES)
     try:
         return parse_header(data, path), data
     except IndexError:
@@ -347,7 +346,13 @@ def _extend(fs: Any, path: str, data: bytes, start: int, size: int) -> bytes:
 
     More was promised by a header than was asked for, or a server sent less than was asked for.
     """
-    return data if len(data) >= size else data + read_range(fs, path, start + len(data), start + size)
+    return data if len(data) >= size else data + _rest(fs, path, start + len(data), start + size)
+
+
+def _rest(fs: Any, path: str, start: int, end: int) -> bytes:
+    """Read what follows byte `start`: nothing if a server that knows no ranges sends the file again."""
+    data = read_range(fs, path, start, end)
+    return b"" if start and data.startswith(b"SIMPLE  =") else data
 
 
 def read_on(fs: Any, path: str, data: bytes, start: int, size: int) -> bytes:

@@ -371,8 +371,9 @@ def list_folder(fs: Any, path: str) -> list[dict[str, Any]]:
     except FFIMissingError:
         return []
     found = list(entries)
+    folder = str(fs._strip_protocol(path))
     for entry in found:
-        check_below(path, str(entry["name"]))
+        check_below(folder, str(entry["name"]))
     return found
 
 

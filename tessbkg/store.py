@@ -160,7 +160,7 @@ def read_fields(group: Group) -> dict[str, Any] | None:
             raise StoreMismatchError(f"{group.url} is a file; choose another store") from None
     layout = attrs.get("layout")
     if layout is None:
-        raise StoreMismatchError(f"{group.name} is not a group of tessbkg's; choose another store")
+        raise StoreMismatchError(f"{group.name} is not one of tessbkg's; choose another store")
     if layout != LAYOUT:
         raise StoreError(f"{group.name} has layout {layout}; this version reads and writes layout {LAYOUT}")
     return attrs

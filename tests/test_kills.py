@@ -139,8 +139,7 @@ def test_builds_killed_at_random_end_in_the_same_store(source, tmp_path):
 @pytest.mark.timeout(3000)
 def test_builds_killed_at_random_many_times_end_in_the_same_store(source, tmp_path):
     counts = rounds(source, tmp_path, 40, seed=8)
-    print(counts)
-    assert counts["worker"] and counts["workers"] and counts["driver"]
+    assert min(counts["worker"], counts["workers"], counts["driver"]) > 0, counts
 
 
 class Cluster:
@@ -263,7 +262,7 @@ def test_many_processes_that_build_the_same_ccd_and_are_killed_leave_a_store_to_
 
 
 def test_a_finished_build_run_again_reads_no_pixel_and_says_so(source, tmp_path, proxy):
-    server, clean = source
+    server, _ = source
     counting = proxy(server)
     for wanted in (True, False):
         counting.clear()

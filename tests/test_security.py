@@ -166,7 +166,7 @@ def test_redirects_to_other_schemes_are_refused(target, monkeypatch):
         server.shutdown()
         server.server_close()
         thread.join()
-    words = "ends in its header at byte 5" if target == "/there" else "denied|edirect"
+    words = "ends in its header at byte" if target == "/there" else "denied|edirect"
     assert re.search(words, caught.value.reason)
 
 
@@ -174,5 +174,5 @@ def test_a_group_path_is_never_taken_from_a_store():
     from tessbkg.ccd import CCD
 
     for path in ("../s0001/cam1/ccd9", "s0001/cam1/../ccd1", "/etc/passwd", "s0001/cam1/ccd1/.."):
-        with pytest.raises(ValueError, match="ccd|path"):
+        with pytest.raises(ValueError, match=r"ccd|path"):
             CCD.from_group(path)
