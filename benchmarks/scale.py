@@ -160,7 +160,8 @@ def study_table(frame_cpu, **study):
         f"On paper: 16 CCDs x {SECTOR_FRAMES:,} frames of 200 s = {total / 1e12:.2f} TB, on 50 workers",
         ("", "processor, min", "network, min", "wall, min", "what binds", "core hours"),
         rows,
-        "Computed, not run: seconds of one core a frame (reading by s3fs, decoding, reducing) as measured here, "
+        "Computed, not run: seconds of one core a frame (reading by s3fs, decoding, reducing) as measured "
+        "here, "
         "bytes as counted here, all workers busy "
         "(183 shards a CCD, 2,928 tasks in all: "
         "at most 2 % of the time is lost at the end). "

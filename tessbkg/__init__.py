@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from tessbkg.exports import export
     from tessbkg.ffi import FrameStatus, read_ffi
     from tessbkg.geometry import angles, boresight_angles
-    from tessbkg.jobs import build, plan_build
+    from tessbkg.jobs import build, plan_build, read_report
     from tessbkg.scene import MaskOptions
     from tessbkg.stack import open_ffis
     from tessbkg.store import open_background
@@ -47,6 +47,7 @@ _MODULE_OF = {
     "open_ffis": "stack",
     "plan_build": "jobs",
     "read_ffi": "ffi",
+    "read_report": "jobs",
     "scattered_light": "dataset",
 }
 
@@ -57,8 +58,8 @@ __all__ = [
     "Options",
     "Quality",
     "angles",
-    "boresight_angles",
     "bin_time",
+    "boresight_angles",
     "build",
     "correct",
     "evaluate",
@@ -68,6 +69,7 @@ __all__ = [
     "open_ffis",
     "plan_build",
     "read_ffi",
+    "read_report",
     "scattered_light",
 ]
 

@@ -21,7 +21,18 @@ import pandas as pd
 from tessbkg.ccd import CCD
 from tessbkg.errors import CatalogError, FFIReadError
 from tessbkg.ffi import BLOCK, read_cards
-from tessbkg.storage import Options, filesystem, has_magic, join, list_folder, read_ranges, source_options
+from tessbkg.storage import (
+    Options,
+    check_below,
+    check_url,
+    filesystem,
+    has_magic,
+    join,
+    list_folder,
+    path_of,
+    read_ranges,
+    source_options,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -114,6 +125,7 @@ def list_ffis(
     sectors = None if sector is None else _wanted(sector, "sector")
     cameras = _wanted(range(1, 5) if camera is None else camera, "camera")
     ccds = _wanted(range(1, 5) if ccd is None else ccd, "ccd")
+    check_url(root, "root")
     if files is not None:
         entries, where = _explicit(files, storage_options)
     elif sectors is None:
@@ -149,6 +161,8 @@ def _explicit(files: str | Iterable[str], options: Options | None) -> tuple[list
         found = fs.glob(path, detail=True).values()
     elif fs.isdir(path):
         found = fs.find(path, detail=True).values()
+        for info in found:
+            check_below(path, str(info["name"]))
     else:
         return _explicit([files], options)[0], files
     return [_entry(fs, info) for info in found], files
@@ -244,7 +258,7 @@ def _drop_duplicates(frames: pd.DataFrame, options: Options | None) -> pd.DataFr
 def _releases(urls: list[str], options: Options | None) -> list[tuple[int, str]]:
     """DATA_REL and DATE of each file's primary header; (-1, "") where it cannot be read."""
     fs, _ = filesystem(urls[0], source_options(urls[0], options))
-    answers = read_ranges(fs, [(fs._strip_protocol(url), 0, BLOCK) for url in urls])  # noqa: SLF001
+    answers = read_ranges(fs, [(path_of(fs, url), 0, BLOCK) for url in urls])
     releases = []
     for url, answer in zip(urls, answers, strict=True):
         try:

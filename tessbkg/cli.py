@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
+import shlex
+import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -14,7 +18,7 @@ from typing import Any
 import click
 
 import tessbkg
-from tessbkg.errors import CatalogError, TessbkgError
+from tessbkg.errors import CatalogError, StoreMismatchError, TessbkgError
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
@@ -165,8 +169,8 @@ def reduction_options(function: Any) -> Any:
         ),
         click.option(
             "--statistic",
-            type=click.Choice(["median", "mean", "clipped", "rolling", "sparse"]),
-            default="median",
+            type=click.Choice(["whole", "median", "mean", "clipped", "rolling", "sparse"]),
+            default="whole",
             show_default=True,
             help="What a bin's value is.",
         ),
@@ -184,23 +188,82 @@ def reduction_options(function: Any) -> Any:
 
 
 class Commands(click.Group):
-    """The group of commands; turns our errors into one line and an exit code."""
+    """The group of commands; turns errors into one line and an exit code."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run a command."""
+        """Run a command: exit code 2 for a wrong argument, 1 for a failed job."""
         try:
             return super().invoke(ctx)
-        except (CatalogError, ValueError) as error:
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
+        except (CatalogError, StoreMismatchError) as error:
             self._end(ctx, error, 2)
-        except (TessbkgError, OSError) as error:
+        except TessbkgError as error:  # some are ValueErrors too
             self._end(ctx, error, 1)
+        except ValueError as error:
+            self._end(ctx, error, 2)
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            self._end(ctx, error, 1)
+        except Exception as error:  # noqa: BLE001 (the end of a job: one line, whatever it was)
+            self._end(ctx, error, 1, f"{type(error).__name__}: ")
 
     @staticmethod
-    def _end(ctx: click.Context, error: Exception, code: int) -> None:
+    def _end(ctx: click.Context, error: Exception, code: int, kind: str = "") -> None:
         if ctx.params.get("debug"):
             raise error
-        click.echo(f"tessbkg: {' '.join(str(error).split())}", err=True)
+        click.echo(f"tessbkg: {kind}{' '.join(str(error).split())}", err=True)
         ctx.exit(code)
+
+
+GRACE_SECONDS = 8.0
+"""Time for a cluster to close after a signal."""
+
+
+class _Stopped(BaseException):
+    """SIGINT or SIGTERM arrived."""
+
+
+@contextlib.contextmanager
+def _stoppable() -> Iterator[None]:
+    """End within seconds on SIGINT and SIGTERM, saying how to go on.
+
+    The process ends without waiting for threads: one may be in a read that stalls.
+    """
+    received: list[int] = []
+
+    def stop(number: int, _frame: object) -> None:
+        if received:
+            os._exit(128 + number)
+        received.append(number)
+        command = shlex.join(["tessbkg", *sys.argv[1:]])
+        reason = f"stopped by {signal.Signals(number).name}; what is written stays"
+        os.write(2, f"\ntessbkg: {reason}. To go on:\n  {command}\n".encode())
+        timer = threading.Timer(GRACE_SECONDS, os._exit, [128 + number])
+        timer.daemon = True
+        timer.start()
+        raise _Stopped
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    except _Stopped:
+        _exit(received[0])
+    except BaseException:
+        if received:  # something in between made another error of it
+            _exit(received[0])
+        raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _exit(number: int) -> None:
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(128 + number)
 
 
 @click.group(cls=Commands, context_settings=CONTEXT)
@@ -338,7 +401,7 @@ def build_command(*, workers: int | None, scheduler: str | None, overwrite: bool
 
     if workers and scheduler:
         raise click.UsageError("--workers and --scheduler exclude each other")
-    with _cluster(workers, scheduler) as client:
+    with _stoppable(), _cluster(workers, scheduler) as client:
         for plan in _plans(overwrite=overwrite, **arguments):
             with _progress(str(plan.job.ccd)) as progress:
                 report = run_build(plan, client=client, overwrite=overwrite, progress=progress)
@@ -356,7 +419,15 @@ def _cluster(workers: int | None, scheduler: str | None) -> Iterator[Any]:
     elif scheduler:
         from distributed import Client  # noqa: PLC0415
 
-        with Client(scheduler, timeout=30) as client:
+        try:
+            client = Client(scheduler, timeout=30)
+        except (OSError, ValueError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise click.BadParameter(
+                f"no Dask scheduler at {scheduler!r}: {reason}; an address looks like tcp://host:8786",
+                param_hint="--scheduler",
+            ) from error
+        with client:
             yield client
     else:
         yield None
@@ -370,8 +441,9 @@ def _progress(label: str) -> Iterator[Any]:
 
         def progress(step: str, done: int, total: int) -> None:
             if not sys.stderr.isatty():
-                if done == 0:
-                    click.echo(f"{label}: {step}, {total} tasks", err=True)
+                if step not in bars:
+                    bars[step] = None
+                    click.echo(f"{label}: {step}, {total} tasks, {done} done", err=True)
                 return
             if step not in bars:
                 bars[step] = stack.enter_context(
@@ -486,6 +558,44 @@ def animate_command(
     ds = tessbkg.open_background(store, sector=sector, camera=camera, ccd=ccd, store_options=options)
     animate(ds, out, variable=variable, fps=fps)
     click.echo(out)
+
+
+@main.command("check")
+@click.argument("store")
+@click.option("--sector", type=click.IntRange(1, 9999), help="Only this sector. [default: all]")
+@click.option("--camera", type=click.IntRange(1, 4), help="Only this camera. [default: all]")
+@click.option("--ccd", type=click.IntRange(1, 4), help="Only this CCD. [default: all]")
+@click.option("--deep", is_flag=True, help="Reduce a sample of frames again from the source and compare.")
+@click.option(
+    "--sample", default=8, show_default=True, type=click.IntRange(1), help="Frames a CCD of --deep."
+)
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Of the sample.")
+@click.option("--anon/--no-anon", default=None, help="Read the source on S3 without or with credentials.")
+@click.option("--endpoint-url", metavar="URL", help="S3 server of the source, if not Amazon's.")
+@store_options
+def check_command(
+    *, store: str, endpoint_url: str | None, anon: bool | None, store_endpoint_url: str | None, **what: Any
+) -> None:
+    r"""Look for what is wrong with STORE: reads every byte of it; exit code 1 and a list if something is.
+
+    \b
+    Example:
+      tessbkg check bkg.zarr --deep
+    """
+    from tessbkg.check import check  # noqa: PLC0415
+
+    findings = check(
+        store,
+        storage_options=_storage(endpoint_url, anon),
+        store_options=_storage(store_endpoint_url, None),
+        **what,
+    )
+    for finding in findings:
+        click.echo(str(finding))
+    if findings:
+        click.echo(f"tessbkg: {len(findings)} findings in {store}", err=True)
+        raise click.exceptions.Exit(1)
+    click.echo(f"{store}: nothing is wrong")
 
 
 @main.command("report")
@@ -616,3 +726,50 @@ def demo_command(*, out: Path, frames: int) -> None:
     )
     click.echo("   tessbkg plan bkg.zarr --sector 1 --camera 1 --ccd 4")
     click.echo("   tessbkg build bkg.zarr --sector 1 --camera 1 --ccd 4 --frames 0:200 --workers 2")
+
+
+@main.command("export")
+@click.argument("store")
+@click.argument("out")
+@click.option("--sector", type=click.IntRange(1, 9999), required=True)
+@click.option("--camera", type=click.IntRange(1, 4), required=True)
+@click.option("--ccd", type=click.IntRange(1, 4), required=True)
+@click.option(
+    "--format",
+    "format_",
+    type=click.Choice(["npz", "fits", "netcdf"]),
+    help="npz and fits as of tess-backml. [default: as the name of OUT says]",
+)
+@store_options
+def export_command(
+    *,
+    store: str,
+    out: str,
+    sector: int,
+    camera: int,
+    ccd: int,
+    format_: str | None,
+    store_endpoint_url: str | None,
+) -> None:
+    """Write the light of one CCD of STORE to the file OUT in another format.
+
+    \b
+    Example:
+      tessbkg export bkg.zarr s1-1-4.fits --sector 1 --camera 1 --ccd 4
+    """
+    from tessbkg.exports import export  # noqa: PLC0415
+
+    known = {".npz": "npz", ".fits": "fits", ".nc": "netcdf"}
+    form = format_ or known.get(Path(out).suffix)
+    if form is None:
+        raise click.UsageError(f"--format is needed: the name {out!r} ends in none of {', '.join(known)}")
+    export(
+        store,
+        out,
+        format=form,  # type: ignore[arg-type]
+        sector=sector,
+        camera=camera,
+        ccd=ccd,
+        store_options=_storage(store_endpoint_url, None),
+    )
+    click.echo(f"{out}: {form} of sector {sector} camera {camera} CCD {ccd}")

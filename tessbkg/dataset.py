@@ -40,6 +40,9 @@ SHARD_FRAMES: Final = 64
 MAX_DARK_FRAMES: Final = 32
 """Dark frames are combined in memory, 17 MB each."""
 
+BRIGHT_LEVEL: Final = 500.0
+"""Light, electron s-1, of the frames that show the response of columns best."""
+
 UNITS: Final = "electron s-1"
 
 
@@ -51,7 +54,9 @@ class Options:
     ----------
     bin : int
         Pixels along the side of a bin; a divisor of 2048.
-    statistic : {"median", "mean", "clipped", "rolling", "sparse"}
+    statistic : {"whole", "median", "mean", "clipped", "rolling", "sparse"}
+        What a bin's value is, see :func:`tessbkg.reduce.plan_reduction`. `whole`, the mean light of the
+        whole bin, is the nearest to the truth.
     errors : {"model", "uncert"}
         Error bars from the noise law fitted to a few frames, or from the uncertainty image of every frame,
         which doubles the bytes.
@@ -67,7 +72,7 @@ class Options:
     """
 
     bin: int = 16
-    statistic: str = "median"
+    statistic: str = "whole"
     errors: str = "model"
     dark_frames: int = 16
     drop_quality: int = DROP_QUALITY
@@ -87,6 +92,12 @@ class Options:
         if not 1 <= self.dark_frames <= MAX_DARK_FRAMES:
             raise ValueError(
                 f"dark_frames={self.dark_frames} is out of range: allowed are 1 to {MAX_DARK_FRAMES}"
+            )
+        known = self.ephemeris in {"table", "horizons"} or self.ephemeris.lower().endswith((".bsp", ".csv"))
+        if not known:
+            raise ValueError(
+                f"ephemeris={self.ephemeris!r} is unknown: allowed are 'table', 'horizons', "
+                "a SPICE kernel '*.bsp' or a TESSVectors file '*.csv'"
             )
         if not 0 <= self.drop_quality < 1 << 16:
             raise ValueError(f"drop_quality={self.drop_quality} is out of range: allowed are 0 to 65535")
@@ -128,6 +139,8 @@ def plan_of(scene: Scene, options: Options) -> Plan:
         statistic=options.statistic,
         scene_err=scene.error,
         noise=scene.noise,
+        terms=scene.terms,
+        response=scene.response,
     )
 
 
@@ -135,7 +148,7 @@ def scattered_light(
     ffis: xr.Dataset,
     *,
     bin: int = 16,  # noqa: A002 (the public name of this option)
-    statistic: str = "median",
+    statistic: str = "whole",
     errors: Errors = "model",
     dark_frames: int = 16,
     drop_quality: int = DROP_QUALITY,
@@ -300,9 +313,11 @@ def _scene_of(ffis: xr.Dataset, survey: pd.DataFrame, options: Options) -> Scene
         exposure = float(np.median(np.diff(ffis["time"]))) if ffis.sizes["time"] > 1 else 1800 / 86400
         noise = expected_noise(exposure)
     first = int(ffis["column"][0]) - FIRST_SCIENCE_COLUMN if "column" in ffis.coords else 0
+    bright = ffis["flux"].isel(time=choose_bright_frames(survey, dark)).compute().to_numpy()
     return make_scene(
         stack,
         noise,
+        bright=np.asarray(bright, dtype=np.float32),
         options=options.mask,
         first_column=first,
         dark_frames=tuple(str(name) for name in survey["ffi"].to_numpy()[dark]),
@@ -323,6 +338,16 @@ def choose_noise_frames(survey: pd.DataFrame, dark: npt.NDArray[np.intp]) -> npt
     order = excess.argsort()
     order = order[np.isfinite(excess[order])]
     return np.unique([*dark[:2], *order[-2:]])
+
+
+def choose_bright_frames(survey: pd.DataFrame, dark: npt.NDArray[np.intp]) -> npt.NDArray[np.intp]:
+    """Two good frames full of light but not blown out, to measure the response of columns over straps."""
+    excess = survey["excess"].to_numpy(dtype=np.float64)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        far = np.abs(np.log(excess / BRIGHT_LEVEL))
+    far[dark] = np.nan
+    order = np.argsort(far)
+    return np.sort(order[np.isfinite(far[order])][:2])
 
 
 def _excess_of(ffis: xr.Dataset, survey: pd.DataFrame) -> npt.NDArray[np.float64]:
@@ -358,6 +383,16 @@ def static_variables(plan: Plan) -> dict[str, xr.Variable]:
             ("y", "x"),
             counts.astype("u2"),
             {"units": "1", "long_name": "unmasked pixels in the bin"},
+        ),
+        "scene_err": xr.Variable(
+            ("y", "x"),
+            plan.scene_error,
+            {
+                "units": UNITS,
+                "long_name": "part of scattered_light_err that is common to all frames",
+                "comment": "error of the scene. Differences between frames are free of it: their variance is "
+                "the sum of scattered_light_err squared less twice scene_err squared",
+            },
         ),
         "filled": xr.Variable(
             ("y", "x"),
@@ -415,12 +450,14 @@ def describe(ds: xr.Dataset, options: Options, dark_frames: tuple[str, ...]) -> 
         "units": UNITS,
         "long_name": "scattered light",
         "comment": "per FFI pixel, above the static scene that the dark frames show",
-        "ancillary_variables": "scattered_light_err n_pixels filled",
+        "ancillary_variables": "scattered_light_err scene_err n_pixels filled",
     }
     ds["scattered_light_err"].attrs = {
         "units": UNITS,
         "long_name": "one-sigma error of scattered_light",
-        "comment": "noise of the frame and of the scene; the scene's part is common to all frames",
+        "comment": "noise of the frame, of moved stars and of structure within the bin, and error of the "
+        "scene. The last is common to all frames: it does not average out in time, see scene_err. Errors "
+        "of neighbouring bins are independent but for a few per cent where masked pixels are interpolated",
     }
     identity = {name: ds.attrs[name] for name in ("sector", "camera", "ccd", "wcs") if name in ds.attrs}
     title = "TESS scattered light"

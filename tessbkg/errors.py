@@ -52,3 +52,7 @@ class StoreMismatchError(StoreError):
 
 class EphemerisRangeError(TessbkgError):
     """A time lies outside the span of the ephemeris; the message names the span and how to get more."""
+
+
+class ClusterError(TessbkgError):
+    """A cluster lost its scheduler, or a task took its workers down; the build can be resumed."""

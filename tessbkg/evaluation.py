@@ -390,6 +390,7 @@ def evaluate_frames(
     error: npt.NDArray[np.float32],
     operator: Operator,
     within: tuple[npt.NDArray[np.intp], npt.NDArray[np.intp], Floats],
+    common: npt.NDArray[np.float32] | None = None,
 ) -> npt.NDArray[np.float32]:
     """Evaluate frames at pixels and times.
 
@@ -401,6 +402,8 @@ def evaluate_frames(
     within : first (t,) int, second (t,) int, weight (t,) float64
         Frames before and after each time, as indices into `light`, and the weight of the second; NaN gives
         NaN.
+    common : (ny, nx) float32, optional
+        Part of the error that all frames share: it is the same between two frames.
 
     Returns
     -------
@@ -424,8 +427,12 @@ def evaluate_frames(
         along_y, along_x = operator.prefilter
         mixed = np.matmul(np.matmul(along_y, mixed), along_x.T, dtype=np.float32)
     out[0] = (operator.weights @ np.ascontiguousarray(mixed.reshape(len(first), -1).T)).T
-    variance = np.square(error[first] * (1 - w))
-    variance[between] += np.square(error[second[between]] * w[between])
+    variance = np.square(error[first])
+    if len(between):
+        shared = np.float32(0) if common is None else np.square(common)
+        own = (np.maximum(variance[between] - shared, 0), np.square(error[second[between]]) - shared)
+        part = w[between]
+        variance[between] = own[0] * (1 - part) ** 2 + np.maximum(own[1], 0) * part**2 + shared
     carried = operator.linear @ np.ascontiguousarray(variance.reshape(len(first), -1).T)
     carried *= operator.noise[:, None]
     np.sqrt(carried.T, out=out[1])
@@ -470,24 +477,29 @@ def _values(
                 error[low:high].to_numpy(),
                 operator,
                 _within(axis, part, low, high),
+                scene_error(ds),
             )
     else:
-        out = _lazy_values(light, error, axis, parts, (grid, *pixels, method))
+        out = _lazy_values(ds, axis, parts, (grid, *pixels, method))
     if back is not None:
         out = out[:, back]
     return out[0], out[1]
 
 
+def scene_error(ds: xr.Dataset) -> npt.NDArray[np.float32] | None:
+    """Part of the errors that the scene brings, (y, x), the same in all frames; None if it is not known."""
+    if "scene_err" not in ds or ds["scene_err"].dims != ("y", "x"):
+        return None
+    return np.asarray(ds["scene_err"].to_numpy(), dtype=np.float32)
+
+
 def _lazy_values(
-    light: xr.DataArray,
-    error: xr.DataArray,
-    axis: Axis,
-    parts: list[tuple[slice, int, int]],
-    operator: tuple[Any, ...],
+    ds: xr.Dataset, axis: Axis, parts: list[tuple[slice, int, int]], operator: tuple[Any, ...]
 ) -> Any:
     """Dask array (2, t, pixels): each block asks for its own frames; the operator is made once."""
     dask: Any = importlib.import_module("dask")  # without types
     da: Any = importlib.import_module("dask.array")
+    light, error = ds["scattered_light"], ds["scattered_light_err"]
     token = dask.base.tokenize(light.data, error.data, axis.first, axis.second, axis.weight, operator)
     made = dask.delayed(make_operator, pure=True)(*operator)
     return da.concatenate(
@@ -498,6 +510,7 @@ def _lazy_values(
                 da.asarray(error.data[low:high]).rechunk(-1),
                 made,
                 _within(axis, part, low, high),
+                common=scene_error(ds),
                 dtype=np.float32,
                 meta=np.empty((0, 0, 0), dtype=np.float32),
                 chunks=((2,), (part.stop - part.start,), (len(operator[1]),)),

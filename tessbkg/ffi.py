@@ -28,8 +28,9 @@ HEADER_BYTES: Final = 11 * BLOCK
 """The longest headers of sectors 1-68 end here; other lengths are 14400 (no WCS) to 28800 bytes."""
 
 MAX_HEADER_BYTES: Final = 100 * BLOCK
-MAX_AXIS: Final = 10_000
-"""Bounds that keep a corrupt header from asking for memory."""
+MAX_AXIS: Final = 4_096
+MAX_NUMBER: Final = 2**31
+"""Bounds that keep a corrupt header from asking for memory, or for integers that nothing holds."""
 
 SCIENCE_END: Final = HEADER_BYTES + SCIENCE_SHAPE[0] * FRAME_SHAPE[1] * 4
 """Bytes that hold header and science rows of any full FFI."""
@@ -206,7 +207,7 @@ def read_cards(data: bytes, start: int, key: str) -> tuple[dict[str, Card], int]
 
 def _number(cards: dict[str, Card], name: str, key: str) -> float:
     value = cards.get(name)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not np.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < MAX_NUMBER:
         raise FFIFormatError(key, f"keyword {name} is {'missing' if value is None else repr(value)}")
     return value
 
@@ -259,8 +260,10 @@ def parse_header(data: bytes, key: str) -> FFIHeader:
     exposure = stop - start
     if not 1e-4 < exposure < 1:
         raise FFIFormatError(key, f"impossible exposure: TSTART={start} TSTOP={stop}")
+    if not abs(barycorr) < 1 or not abs(start) < 1e5:
+        raise FFIFormatError(key, f"impossible time: TSTART={start} BARYCORR={barycorr}")
     index = primary.get("FFIINDEX")
-    if not isinstance(index, int) or isinstance(index, bool):
+    if not isinstance(index, int) or isinstance(index, bool) or not abs(index) < MAX_NUMBER:
         index = round((start - barycorr - INDEX_EPOCH) / exposure)
     crval = None
     if "CRVAL1" in cards and "CRVAL2" in cards:
@@ -308,8 +311,7 @@ def header_of(fs: Any, path: str, data: bytes) -> tuple[FFIHeader, bytes]:
     try:
         return parse_header(data, path), data
     except IndexError:
-        more = read_range(fs, path, len(data), 2 * MAX_HEADER_BYTES)
-    data += more
+        data += _rest(fs, path, len(data), 2 * MAX_HEADER_BYTES)
     try:
         return parse_header(data, path), data
     except IndexError:
@@ -344,7 +346,13 @@ def _extend(fs: Any, path: str, data: bytes, start: int, size: int) -> bytes:
 
     More was promised by a header than was asked for, or a server sent less than was asked for.
     """
-    return data if len(data) >= size else data + read_range(fs, path, start + len(data), start + size)
+    return data if len(data) >= size else data + _rest(fs, path, start + len(data), start + size)
+
+
+def _rest(fs: Any, path: str, start: int, end: int) -> bytes:
+    """Read what follows byte `start`: nothing if a server that knows no ranges sends the file again."""
+    data = read_range(fs, path, start, end)
+    return b"" if start and data.startswith(b"SIMPLE  =") else data
 
 
 def read_on(fs: Any, path: str, data: bytes, start: int, size: int) -> bytes:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 import logging
+import signal
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -27,6 +29,7 @@ from tessbkg.dataset import (
     SHARD_FRAMES,
     Options,
     add_sky,
+    choose_bright_frames,
     choose_noise_frames,
     describe,
     expected_noise,
@@ -35,8 +38,8 @@ from tessbkg.dataset import (
     reduce_or_blank,
     static_variables,
 )
-from tessbkg.errors import FFIReadError, StoreError
-from tessbkg.ffi import FFI, SCIENCE_END, FrameStatus, error_status, read_ffi_from
+from tessbkg.errors import ClusterError, FFIFormatError, FFIReadError, StoreError, TessbkgError
+from tessbkg.ffi import FFI, SCIENCE_END, FFIHeader, FrameStatus, error_status, read_ffi_from
 from tessbkg.geometry import ATTRS, angle_maps
 from tessbkg.reduce import Plan
 from tessbkg.scene import Mask, Scene, make_scene
@@ -48,22 +51,33 @@ from tessbkg.stack import (
     pixel_coordinates,
     reference_wcs,
 )
-from tessbkg.storage import FrozenOptions, check_options, filesystem, freeze, source_options, thaw
+from tessbkg.storage import (
+    FrozenOptions,
+    check_options,
+    check_url,
+    filesystem,
+    freeze,
+    path_of,
+    source_options,
+    tally,
+    thaw,
+)
 from tessbkg.storage import Options as StorageOptions
 from tessbkg.store import (
     Group,
+    begin_report,
     check_fields,
     create_group,
     dataset_to_table,
-    delete_group,
     empty_variable,
     marker,
     read_array,
     read_child,
     read_fields,
     read_rows,
-    set_marker,
+    set_attributes,
     shards,
+    sizes_and_digests,
     table_to_dataset,
     unwritten_shards,
     write_child,
@@ -72,6 +86,7 @@ from tessbkg.store import (
     write_template,
 )
 from tessbkg.survey import choose_dark, finish_survey, reject, survey_frames
+from tessbkg.validate import doubts, scatter
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -221,7 +236,8 @@ class Report:
     store : str
         Store and group.
     frames : pandas.DataFrame
-        One row a frame: `ffi`, `status`, `reason`, `seconds`, `nbytes`.
+        One row a frame: `ffi`, `status`, `reason`, `seconds`, `nbytes`, `retries` (failed reads that were
+        tried again), `scatter` (noise between neighbouring bins over their error bars; NaN if not good).
     seconds : float
         Wall time of this run.
     shards_done : int
@@ -315,6 +331,7 @@ def plan_build(
     3
     """
     check_on_error(on_error)
+    check_url(str(store), "store")
     if isinstance(shard_frames, bool) or not isinstance(shard_frames, int) or not 1 <= shard_frames <= 4096:
         raise ValueError(f"shard_frames={shard_frames!r} is out of range: allowed are 1 to 4096")
     options = _options(options, reduction)
@@ -411,7 +428,7 @@ def build(
     frames : slice, optional
         Only these frames, counted in order of time.
     options : Options, optional
-        What the reduction does; or its fields one by one: ``bin=16, statistic="median", ...``.
+        What the reduction does; or its fields one by one: ``bin=16, statistic="whole", ...``.
     shard_frames : int
         Frames of a shard: the unit of work, of storage and of resuming.
     on_error : {"flag", "raise"}
@@ -481,13 +498,14 @@ def run_build(
     """Do what a plan says; see :func:`build`."""
     began = time.perf_counter()
     job, tell = plan.job, progress or (_silent)
-    if not plan.missing and not plan.steps and marker(job.group, "complete"):
-        return _report(plan, [], began)
+    if not plan.missing and not plan.steps and marker(job.group.child("report"), "objects"):
+        return _report(plan, read_rows(job.group, "report"), [], began)
     create_group(job.group, plan.fields, overwrite=overwrite)
     survey = _survey_step(plan, client, tell)
     tell("scene", 0, 1)
     _run(client, [(make_scene_group, (job,))], None)
     tell("scene", 1, 1)
+    begin_report(job.group)
     if not marker(job.group, "template"):
         write_template(job.group, make_template(job, survey), job.shard_frames)
     parts = plan.missing if not plan.steps else unwritten_shards(job.group, job.shard_frames)
@@ -497,54 +515,112 @@ def run_build(
         [(reduce_shard, (job, first, last)) for first, last in spread(parts)],
         lambda finished: tell("reduce", done + finished, done + len(parts)),
     )
-    report = _report(plan, parts, began)
-    write_rows(
-        job.group,
-        "report",
-        _rows(report.frames),
-    )
-    set_marker(job.group, "complete")
-    for first, _ in shards(len(plan.frames), job.shard_frames):
-        delete_group(job.group.child(_rows_of(first)))
-    return report
-
-
-def _rows(frames: pd.DataFrame) -> list[dict[str, Any]]:
-    """Turn a table into rows for JSON."""
-    names = [str(name) for name in frames.columns]
-    return [dict(zip(names, row, strict=True)) for row in frames.astype(object).to_numpy()]
+    rows = _shard_rows(job.group, len(plan.frames), job.shard_frames)
+    warnings = _doubts(job, survey, rows)
+    set_attributes(job.group, complete=1, **({"warnings": warnings} if warnings else {}))
+    write_rows(job.group, "report", rows, objects=sizes_and_digests(job.group))
+    return _report(plan, rows, parts, began)
 
 
 def _silent(*_: object) -> None:
     """Tell nobody about progress."""
 
 
-def _report(plan: BuildPlan, parts: list[tuple[int, int]], began: float) -> Report:
-    """Collect the rows that the shards left."""
-    group = plan.job.group
-    rows = dict(enumerate(read_rows(group, "report")))
-    for first, last in shards(len(plan.frames), plan.job.shard_frames):
-        if first not in rows or (first, last) in parts:
-            rows.update(enumerate(read_rows(group, _rows_of(first)), first))
-    frames = pd.DataFrame([rows[i] for i in sorted(rows)])
-    new = pd.concat([frames.iloc[first:last] for first, last in parts]) if parts else frames.iloc[:0]
+def _doubts(job: Job, survey: pd.DataFrame, rows: list[dict[str, Any]]) -> list[str]:
+    """Say what a scientist should look at before using a build."""
+    scene, n_pixels = read_child(job.group, "scene"), read_array(job.group, "n_pixels")
+    assert scene is not None  # the shards were made with it
+    assert n_pixels is not None
+    return doubts(
+        survey,
+        rows,
+        dark_frames=list(scene.attrs["dark_frames"]),
+        wanted=job.options.dark_frames,
+        unmasked=n_pixels / job.options.bin**2,
+        misfit=marker(job.group, "wcs_misfit_deg"),
+    )
+
+
+def _report(
+    plan: BuildPlan, rows: list[dict[str, Any]], parts: list[tuple[int, int]], began: float
+) -> Report:
     return Report(
         plan.job.ccd,
-        group.name,
-        frames,
+        plan.job.group.name,
+        _table_of(rows),
         time.perf_counter() - began,
         len(parts),
-        int(new["nbytes"].sum()) if parts else 0,
-        _notes(group),
+        sum(row["nbytes"] for first, last in parts for row in rows[first:last]),
+        _notes(plan.job.group),
     )
+
+
+def _shard_rows(group: Group, frames: int, shard_frames: int) -> list[dict[str, Any]]:
+    """Collect the rows that the shards left; those of a shard that is not written are not there."""
+    with ThreadPoolExecutor(16) as pool:
+        parts = pool.map(lambda part: read_rows(group, _rows_of(part[0])), shards(frames, shard_frames))
+        return [row for part in parts for row in part]
+
+
+def read_report(
+    store: str, *, sector: int, camera: int, ccd: int, store_options: StorageOptions | None = None
+) -> pd.DataFrame:
+    """Read what became of every frame of a CCD's build.
+
+    Parameters
+    ----------
+    store : str
+        Folder or URL.
+    sector, camera, ccd : int
+    store_options : dict, optional
+        fsspec options of the store. Never credentials.
+
+    Returns
+    -------
+    pandas.DataFrame
+        One row a frame, in order of time; of a build that is not finished, the frames of its finished
+        shards. `ffi`; `status`, a :class:`~tessbkg.ffi.FrameStatus`; `reason`; `seconds` spent; `nbytes`
+        read; `retries`, failed reads that were tried again; `scatter`, the noise between neighbouring bins
+        over their error bars (1 if the error bars are right), NaN if the frame is not good.
+
+    Raises
+    ------
+    StoreError
+        If there is no such group.
+
+    Examples
+    --------
+    >>> import tessbkg, tessbkg.simulate
+    >>> _ = tessbkg.simulate.simulate("memory://report", frames=4, shape=(64, 64))
+    >>> _ = tessbkg.build("memory://r.zarr", sector=1, camera=1, ccd=4, root="memory://report", dark_frames=2)
+    >>> len(read_report("memory://r.zarr", sector=1, camera=1, ccd=4))
+    4
+    """
+    group = Group.of(store, CCD(sector, camera, ccd), store_options)
+    attrs = read_fields(group)
+    if attrs is None:
+        raise StoreError(f"{store} has no {CCD(sector, camera, ccd)}")
+    fields = json.loads(attrs["fields"])
+    rows = read_rows(group, "report") or _shard_rows(group, fields["frames"], fields["shard_frames"])
+    return _table_of(rows)
+
+
+COLUMNS: Final = ("ffi", "status", "reason", "seconds", "nbytes", "retries", "scatter")
+"""What a report says of a frame."""
+
+
+def _table_of(rows: list[dict[str, Any]]) -> pd.DataFrame:
+    """Turn rows of a report into a table."""
+    return pd.DataFrame(rows, columns=list(COLUMNS)).astype({"scatter": np.float64})
 
 
 def _notes(group: Group) -> tuple[str, ...]:
     """Read from the attributes of a group what a user should know."""
     angles = str(marker(group, "angles") or "")
-    return (
+    without = (
         (f"the store has no angles ({angles.removeprefix('none: ')})",) if angles.startswith("none") else ()
     )
+    return (*without, *(marker(group, "warnings") or ()))
 
 
 def _rows_of(first: int) -> str:
@@ -564,7 +640,13 @@ def _run(
     calls: list[tuple[Callable[..., Any], tuple[Any, ...]]],
     finished: Callable[[int], None] | None,
 ) -> list[Any]:
-    """Run independent calls here or on a cluster; results in order. The first error ends all."""
+    """Run independent calls here or on a cluster; results in order. The first error ends all.
+
+    Raises
+    ------
+    ClusterError
+        If the scheduler is lost, or workers die again and again in the same task.
+    """
     results: list[Any] = [None] * len(calls)
     count = finished or _silent
     count(0)
@@ -573,19 +655,28 @@ def _run(
             results[i] = function(*arguments)
             count(i + 1)
         return results
+    from concurrent.futures import CancelledError  # noqa: PLC0415
+
     from distributed import as_completed  # noqa: PLC0415 (slow to import)
 
-    futures = [
-        client.submit(function, *arguments, pure=False, retries=RETRIES, key=_key(function, i, arguments))
-        for i, (function, arguments) in enumerate(calls)
-    ]
-    place = {future.key: i for i, future in enumerate(futures)}
+    futures: list[Any] = []
     try:
+        futures += [
+            client.submit(function, *arguments, pure=False, retries=RETRIES, key=_key(function, i, arguments))
+            for i, (function, arguments) in enumerate(calls)
+        ]
+        place = {future.key: i for i, future in enumerate(futures)}
         for number, future in enumerate(as_completed(futures)):
             results[place[future.key]] = future.result()
             count(number + 1)
+    except TessbkgError:
+        raise
+    except (Exception, CancelledError) as error:
+        reason = f"{type(error).__name__}: {error}".split("\n")[0][:300]
+        raise ClusterError(f"the cluster could not do the work: {reason}") from error
     finally:
-        client.cancel([future for future in futures if not future.done()])
+        if client.status == "running":
+            client.cancel([future for future in futures if not future.done()])
     return results
 
 
@@ -638,15 +729,22 @@ def make_scene_group(job: Job) -> None:
     noise = _fit_noise(job, survey.iloc[noise_frames])
     stack = np.empty((len(dark), *survey.loc[dark[0], ["rows", "columns"]].astype(int)), dtype=np.float32)
     kept: list[str] = []
-    for i, frame in read_ahead(job, survey.iloc[dark], ahead=2):
+    for i, frame, _ in read_ahead(job, survey.iloc[dark], ahead=2):
         if isinstance(frame, FFI) and np.any(frame.flux > 0):
             stack[len(kept)] = frame.flux
             kept.append(str(survey["ffi"].iloc[dark[i]]))
     if not kept:
         raise FFIReadError(str(survey["url"].iloc[dark[0]]), "none of the dark frames could be read")
+    chosen = survey.iloc[choose_bright_frames(survey, dark)]
+    bright = (
+        []
+        if chosen.empty
+        else [frame.flux for _, frame, _ in read_ahead(job, chosen, ahead=2) if isinstance(frame, FFI)]
+    )
     scene = make_scene(
         stack[: len(kept)],
         noise or expected_noise(float(survey["exposure"].median())),
+        bright=np.stack(bright) if bright else None,
         options=job.options.mask,
         first_column=int(survey["first_column"].max()) - FIRST_SCIENCE_COLUMN,
         dark_frames=tuple(kept),
@@ -658,7 +756,7 @@ def _fit_noise(job: Job, survey: pd.DataFrame) -> tuple[float, float] | None:
     """Fit the noise law to a sample of the pixels of some frames."""
     sample = [
         (frame.flux[::7, ::7].copy(), frame.flux_err[::7, ::7].copy())
-        for _, frame in read_ahead(job, survey, errors=True, ahead=1)
+        for _, frame, _ in read_ahead(job, survey, errors=True, ahead=1)
         if isinstance(frame, FFI) and frame.flux_err is not None
     ]
     return noise_of(*(np.stack(images) for images in zip(*sample, strict=True))) if sample else None
@@ -667,7 +765,7 @@ def _fit_noise(job: Job, survey: pd.DataFrame) -> tuple[float, float] | None:
 def scene_to_dataset(scene: Scene) -> xr.Dataset:
     """Put a scene into variables."""
     dims = ("row", "column")
-    return xr.Dataset(
+    dataset = xr.Dataset(
         {
             "flux": (dims, scene.flux, {"units": "electron s-1", "long_name": "static scene"}),
             "flux_err": (
@@ -687,6 +785,13 @@ def scene_to_dataset(scene: Scene) -> xr.Dataset:
         },
         attrs={"noise": list(scene.noise), "dark_frames": list(scene.dark_frames)},
     )
+    if scene.terms is not None:
+        what = "what a pixel gains when stars move along rows, columns; second-order terms yy, yx, xx"
+        dataset["terms"] = (("term", *dims), scene.terms, {"units": "electron s-1", "long_name": what})
+    if scene.response is not None:
+        what = "response of a column to light"
+        dataset["response"] = ("column", scene.response, {"units": "1", "long_name": what})
+    return dataset
 
 
 def scene_of_dataset(dataset: xr.Dataset) -> Scene:
@@ -698,6 +803,8 @@ def scene_of_dataset(dataset: xr.Dataset) -> Scene:
         dataset["mask"].to_numpy(),
         (float(a), float(b)),
         tuple(dataset.attrs["dark_frames"]),
+        dataset["terms"].to_numpy() if "terms" in dataset else None,
+        dataset["response"].to_numpy() if "response" in dataset else None,
     )
 
 
@@ -755,7 +862,7 @@ def make_template(job: Job, survey: pd.DataFrame) -> xr.Dataset:
 
 
 @functools.lru_cache(maxsize=2)
-def _prepared(job: Job) -> tuple[pd.DataFrame, Plan]:
+def prepared(job: Job) -> tuple[pd.DataFrame, Plan]:
     """Survey and plan of a CCD, read once a process."""
     stored = read_child(job.group, "scene")
     if stored is None:
@@ -765,7 +872,7 @@ def _prepared(job: Job) -> tuple[pd.DataFrame, Plan]:
 
 def reduce_shard(job: Job, first: int, last: int) -> None:
     """Reduce the frames of one shard and write them: a task."""
-    survey, plan = _prepared(job)
+    survey, plan = prepared(job)
     part = survey.iloc[first:last]
     both, rows = reduce_frames(job, part, plan)
     write_rows(job.group, _rows_of(first), rows)
@@ -797,16 +904,14 @@ def reduce_frames(
     both : (2, time, ny, nx) float32
         Values and errors; NaN where a frame is not good.
     rows : list of dict
-        The report: `ffi`, `status`, `reason`, `seconds`, `nbytes`.
+        The report: see :func:`read_report`.
     """
     both = np.full((2, len(survey), *plan.shape), np.nan, dtype=np.float32)
     rows = []
     before = time.perf_counter()
-    for i, frame in read_ahead(job, survey, errors=job.options.errors == "uncert"):
+    for i, frame, retries in read_ahead(job, survey, errors=job.options.errors == "uncert"):
         status, reason, nbytes = FrameStatus(int(survey["status"].iloc[i])), str(survey["reason"].iloc[i]), 0
         if isinstance(frame, FFIReadError):
-            if job.on_error == "raise":
-                raise frame
             status, reason = error_status(frame), frame.reason
         elif frame is not None:
             status, both[:, i] = reduce_or_blank(frame.flux, plan, frame.flux_err)
@@ -820,45 +925,86 @@ def reduce_frames(
                 "reason": reason,
                 "seconds": round(now - before, 4),
                 "nbytes": nbytes,
+                "retries": retries,
+                "scatter": scatter(*both[:, i]) if status is FrameStatus.GOOD else None,
             }
         )
         before = now
     return both, rows
 
 
+_SURVEYED: Final = {"time": "time", "barycorr": "BARYCORR", "cadence": "FFIINDEX", "quality": "DQUALITY"}
+"""What must be the same in both passes, and its name for people."""
+
+
+def check_surveyed(header: FFIHeader, row: Mapping[str, Any], key: str) -> None:
+    """Refuse a file whose header is not the one that the survey saw: it was replaced meanwhile.
+
+    Raises
+    ------
+    FFIFormatError
+    """
+    for name, keyword in _SURVEYED.items():
+        if getattr(header, name) != row[name]:
+            raise FFIFormatError(
+                key, f"changed since the survey: {keyword} {getattr(header, name)}, was {row[name]}"
+            )
+    place = (*header.science_shape, header.region[0], header.region[2])
+    seen = (row["rows"], row["columns"], row["first_row"], row["first_column"])
+    if place != seen:
+        raise FFIFormatError(
+            key,
+            f"changed since the survey: {place[0]} x {place[1]} science pixels, were {seen[0]} x {seen[1]}",
+        )
+
+
 def read_ahead(
     job: Job, survey: pd.DataFrame, *, errors: bool = False, ahead: int = READ_AHEAD
-) -> Iterator[tuple[int, FFI | FFIReadError | None]]:
+) -> Iterator[tuple[int, FFI | FFIReadError | None, int]]:
     """Read frames in order, a few ahead; None for those whose status is not good.
 
     A frame on its way takes 35 MB, twice that with errors: bytes and pixels. The scene, which holds all dark
     frames, has fewer on their way.
+
+    Yields
+    ------
+    i : int
+    frame : FFI, FFIReadError or None
+    retries : int
+        Failed reads that were tried again.
+
+    Raises
+    ------
+    FFIReadError
+        If a frame cannot be read and the job is to raise.
     """
-    urls, ends = survey["url"].tolist(), survey["end"].tolist()
-    good = (survey["status"] == FrameStatus.GOOD).tolist()
-    fs, _ = filesystem(urls[0], source_options(urls[0], thaw(job.source)))
+    table: list[Any] = survey.to_dict("records")
+    good = [row["status"] == FrameStatus.GOOD for row in table]
+    fs, _ = filesystem(table[0]["url"], source_options(table[0]["url"], thaw(job.source)))
 
-    def read(i: int) -> FFI | FFIReadError:
+    def read(row: Mapping[str, Any]) -> tuple[FFI | FFIReadError, int]:
+        before = tally.retries
         try:
-            frame = read_ffi_from(fs, fs._strip_protocol(urls[i]), errors=errors, end=ends[i], ccd=job.ccd)  # noqa: SLF001
+            path = path_of(fs, row["url"])
+            frame = read_ffi_from(fs, path, errors=errors, end=row["end"], ccd=job.ccd)
+            check_surveyed(frame.header, row, row["url"])
         except FFIReadError as error:
-            return error
-        shape = (int(survey["rows"].iloc[i]), int(survey["columns"].iloc[i]))
-        if frame.flux.shape != shape:
-            return FFIReadError(urls[i], f"{frame.flux.shape} science pixels; the survey found {shape}")
-        return frame
+            return error, tally.retries - before
+        return frame, tally.retries - before
 
-    with ThreadPoolExecutor(ahead) as pool:
-        pending: dict[int, Future[FFI | FFIReadError]] = {}
-        waiting = iter([i for i in range(len(urls)) if good[i]])
-        try:
-            for i in range(len(urls)):
-                while len(pending) < ahead and (nxt := next(waiting, None)) is not None:
-                    pending[nxt] = pool.submit(read, nxt)
-                yield i, pending.pop(i).result() if i in pending else None
-        finally:
-            for future in pending.values():
-                future.cancel()
+    pool = ThreadPoolExecutor(ahead)
+    pending: dict[int, Future[tuple[FFI | FFIReadError, int]]] = {}
+    waiting = iter([i for i in range(len(table)) if good[i]])
+    try:
+        for i in range(len(table)):
+            while len(pending) < ahead and (nxt := next(waiting, None)) is not None:
+                pending[nxt] = pool.submit(read, table[nxt])
+            frame, retries = pending.pop(i).result() if i in pending else (None, 0)
+            if job.on_error == "raise" and isinstance(frame, FFIReadError):
+                raise frame
+            yield i, frame, retries
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)  # a stalled read must not hold who stops
 
 
 # --- clusters ----------------------------------------------------------------------------------------------
@@ -882,4 +1028,16 @@ def local_cluster(workers: int) -> Iterator[Client]:
         ) as cluster,
         Client(cluster) as client,
     ):
+        client.register_plugin(_deaf(), name="tessbkg-deaf")
         yield client
+
+
+def _deaf() -> Any:
+    """Make a plugin that keeps workers from the terminal's Ctrl-C: their client ends them in good order."""
+    from distributed import WorkerPlugin  # noqa: PLC0415
+
+    class Deaf(WorkerPlugin):
+        def setup(self, worker: Any) -> None:  # noqa: ARG002 (of distributed)
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    return Deaf()

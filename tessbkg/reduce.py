@@ -14,15 +14,52 @@ import numpy.typing as npt
 from scipy import sparse
 from scipy.sparse.linalg import splu
 
+from tessbkg.motion import (
+    TERMS,
+    Motion,
+    distance_of,
+    expand,
+    expansion_error,
+    place,
+    prepare_motion,
+    scene_terms,
+)
+from tessbkg.whole import Whole, prepare_whole, reduce_whole, weigh
+
 Floats = npt.NDArray[np.float32]
-Statistic = Literal["median", "mean", "clipped", "rolling", "sparse"]
+Statistic = Literal["whole", "median", "mean", "clipped", "rolling", "sparse"]
 STATISTICS: Final[tuple[str, ...]] = get_args(Statistic)
 
 CLIP_SIGMA: Final = 3.0
 """`clipped` leaves out pixels further than this from the bin's median, in sigmas of the bin."""
 
+NOISE: Final = (7.445e-4, 0.0197)
+"""Noise law of sector 1, electron s-1 and (electron s-1)^2: weighs pixels where a plan has no law of its
+own."""
 
-@dataclass(frozen=True)
+HALVE_PIXELS: Final = 65536
+"""Pixels of a row of windows that `rolling` sorts at once: they stay in the processor's cache."""
+
+CEILING: Final = 4e4
+"""Pixels this far above the scene are saturated, electron s-1: `whole` gives no value then."""
+
+STRUCTURE: Final = {"whole": (0.025, 0.2), "rolling": (0.25, 0.25)}
+"""Error of a bin where light has structure, as a share of its second differences from bin to bin: a constant,
+and what comes with the share of masked pixels. Measured on simulated frames with sharp glints at bins of 16
+pixels; for `whole` it goes with the inverse of the size of bins, up to twice this."""
+
+STRUCTURE_SIMPLE: Final = (0.22, 0.4)
+"""The same for the other statistics."""
+
+ROBUST_SHARE: Final = 0.3
+"""Error that moved stars leave in medians and clipped means, as a share of motion times blur: these do not
+follow the expansion, which is that of the mean."""
+
+NOTICED: Final = 80.0
+"""Squared second differences count from this many variances of a bin on: 12 is what noise makes."""
+
+
+@dataclass(frozen=True, eq=False)
 class Plan:
     """What a reduction of one CCD needs for every frame; made by :func:`plan_reduction`.
 
@@ -34,42 +71,63 @@ class Plan:
     shape : tuple of (int, int)
         Bins along rows and columns. Pixels beyond the last whole bin are left out.
     subtract : (rows, columns) float32
-        Scene, minus infinity where masked, so that subtracting it sorts masked pixels last.
+        Scene; minus infinity where masked, so that subtracting it sorts masked pixels last, for statistics
+        that sort.
+    gain : (columns,) float32 or None
+        What pixels of each column are multiplied by; None if all by 1.
     n_pixels : (ny, nx) int
         Unmasked pixels in each bin.
     pixel : (ny, nx) int
         Flat index of the unmasked pixel nearest the centre of each bin (`sparse` reads it).
     factor : (ny, nx) float32
         Error of the statistic over the error of a pixel.
-    scene_flux, scene_variance : (ny, nx) float32
-        Mean scene and mean variance of the scene over the unmasked pixels of each bin.
-    noise : tuple of (float, float) or None
-        a and b of the noise law: variance of a pixel = a * flux + b.
+    still, rise : (ny, nx) float32
+        Variance of a frame's bin without light, and its growth with the light; NaN without a noise law.
+    scene_error : (ny, nx) float32
+        The part of the error that is common to all frames: that of the scene.
+    noise : (float, float)
+        Noise law that weighs pixels.
+    whole : Whole or None
+        For `whole` and `mean`.
+    motion : Motion
+        Tracers of moving stars.
+    terms : (5, ny, nx) float32
+        What moved stars add to the mean of unmasked pixels; `whole` has its own.
+    blur : (ny, nx) float32
+        Noise that stars leave per pixel of motion, times the error of its terms.
     fill : Filling
-        Fills bins without pixels in an image of bins, in place.
+        Fills bins that no pixel says anything of in an image of bins, in place.
     """
 
     size: int
     statistic: str
     shape: tuple[int, int]
     subtract: Floats
+    gain: Floats | None
     n_pixels: npt.NDArray[np.intp]
     pixel: npt.NDArray[np.intp]
     factor: Floats
-    scene_flux: Floats
-    scene_variance: Floats
-    noise: tuple[float, float] | None
+    still: Floats
+    rise: Floats
+    scene_error: Floats
+    noise: tuple[float, float]
+    whole: Whole | None
+    motion: Motion
+    terms: Floats
+    blur: Floats
     fill: Filling
 
 
-def plan_reduction(
+def plan_reduction(  # noqa: PLR0915 (one plan, many parts)
     scene: Floats,
     mask: npt.NDArray[np.bool_],
     *,
     bin: int,  # noqa: A002 (the public name of this option)
-    statistic: str = "median",
+    statistic: str = "whole",
     scene_err: Floats | None = None,
     noise: tuple[float, float] | None = None,
+    terms: Floats | None = None,
+    response: Floats | None = None,
 ) -> Plan:
     """Prepare the reduction of the frames of one CCD.
 
@@ -81,11 +139,19 @@ def plan_reduction(
         True where pixels are left out of every frame.
     bin : int
         Pixels along the side of a bin.
-    statistic : {"median", "mean", "clipped", "rolling", "sparse"}
+    statistic : {"whole", "median", "mean", "clipped", "rolling", "sparse"}
+        `whole` (:mod:`tessbkg.whole`) is the mean light of all pixels of a bin, masked ones interpolated,
+        free of outliers and of what moving stars leave. The others are of the unmasked pixels as they are:
+        `median`; `mean`; `clipped`, the mean within 3 sigmas of the median; `rolling`, halving the image by
+        medians of overlapping 4 x 4 windows; `sparse`, the one pixel nearest the centre.
     scene_err : (rows, columns) float32, optional
         One sigma of the scene.
     noise : (float, float), optional
         a and b of the noise law, for errors without the uncertainty image.
+    terms : (5, rows, columns) float32, optional
+        What stars that move add, as :class:`tessbkg.scene.Scene` has it; by default by the scene's spline.
+    response : (columns,) float32, optional
+        Response of each column to light; 1 by default.
 
     Raises
     ------
@@ -100,32 +166,81 @@ def plan_reduction(
     if statistic == "rolling" and bin & (bin - 1):
         raise ValueError(f"bin={bin} is not allowed with statistic='rolling': it must be a power of two")
     valid = ~mask & np.isfinite(scene)
-    subtract = np.where(valid, scene, -np.inf).astype(np.float32)
+    gain = None
+    if response is not None and (response != 1).any():
+        gain = (1 / response).astype(np.float32)
     counts = _blocks(valid, bin).sum(axis=2)
-    variance = np.zeros_like(scene) if scene_err is None else np.square(scene_err)
-    plan = Plan(
+    a, b = noise or (np.nan, np.nan)
+    variance = a * np.maximum(np.where(valid, scene, 0), 0) + b
+    scene_variance = np.zeros_like(scene) if scene_err is None else np.square(scene_err)
+    pixel = _central_pixel(valid, bin)
+    whole, filled = None, counts == 0
+    if terms is None:
+        terms = scene_terms(scene)
+    moving, blur = (
+        np.zeros((TERMS, *counts.shape), dtype=np.float32),
+        np.zeros(counts.shape, dtype=np.float32),
+    )
+    if statistic in {"whole", "mean"}:
+        unit = np.ones(columns, dtype=np.float32)
+        whole = prepare_whole(
+            scene,
+            valid,
+            size=bin,
+            gain=unit if gain is None else gain,
+            terms=terms,
+            noise=noise or NOISE,
+            ceiling=CEILING,
+        )
+    motion = prepare_motion(scene, terms, noise or NOISE)
+    if whole is not None and statistic == "whole":
+        filled = ~whole.reached
+        squares = weigh(whole, np.ones_like(scene), squared=True)
+        factor = np.where(filled, np.nan, np.sqrt(squares)).astype(np.float32)
+        known = np.where(np.isfinite(scene_variance), scene_variance, 0).astype(np.float32)
+        still = weigh(whole, variance.astype(np.float32), squared=True)
+        scene_square = weigh(whole, known, squared=True)
+        rise = np.asarray(a * squares, dtype=np.float32)
+    else:
+        factor = _error_factor(valid, counts, bin, statistic)
+        if statistic == "sparse":
+            index = np.maximum(pixel, 0)
+            still = np.asarray(variance.reshape(-1)[index], dtype=np.float32)
+            scene_square = np.asarray(scene_variance.reshape(-1)[index], dtype=np.float32)
+        else:
+            still = _mean(np.where(valid, variance, 0), counts, bin)
+            scene_square = _mean(np.where(valid, scene_variance, 0), counts, bin)
+        sums = [_mean(np.where(valid, term, 0), counts, bin) for term in terms]
+        steep = np.where(valid, terms[0] ** 2 + terms[1] ** 2, 0)
+        moving = np.nan_to_num(np.stack(sums))
+        blur = np.asarray(np.nan_to_num(factor * np.sqrt(_mean(steep, counts, bin))), dtype=np.float32)
+        if statistic == "sparse":
+            moving = terms.reshape(TERMS, -1)[:, index]
+            blur = np.sqrt(steep.reshape(-1)[index])
+        still, scene_square = still * factor**2, scene_square * factor**2
+        rise = np.asarray(a * factor**2, dtype=np.float32)
+    fill = Filling(filled)
+    scene_error = np.sqrt(scene_square).astype(np.float32)
+    scene_error[filled] = np.nan
+    fill(scene_error)
+    return Plan(
         size=bin,
         statistic=statistic,
-        shape=counts.shape,
-        subtract=subtract,
+        shape=(counts.shape[0], counts.shape[1]),
+        subtract=np.where(valid, scene, -np.inf).astype(np.float32) if whole is None else whole.scene,
+        gain=gain,
         n_pixels=counts,
-        pixel=_central_pixel(valid, bin),
-        factor=_error_factor(valid, counts, bin, statistic),
-        scene_flux=_mean(np.where(valid, scene, 0), counts, bin),
-        scene_variance=_mean(np.where(valid, variance, 0), counts, bin),
-        noise=noise,
-        fill=Filling(counts == 0),
-    )
-    if statistic != "sparse":
-        return plan
-    rows_columns = np.unravel_index(np.maximum(plan.pixel, 0), scene.shape)
-    empty = counts == 0
-    return Plan(
-        **{
-            **plan.__dict__,
-            "scene_flux": np.where(empty, np.nan, scene[rows_columns]).astype(np.float32),
-            "scene_variance": np.where(empty, np.nan, variance[rows_columns]).astype(np.float32),
-        }
+        pixel=pixel,
+        factor=factor,
+        still=still.astype(np.float32),
+        rise=rise.astype(np.float32),
+        scene_error=scene_error,
+        noise=noise or NOISE,
+        whole=whole,
+        motion=motion,
+        terms=moving,
+        blur=blur,
+        fill=fill,
     )
 
 
@@ -144,11 +259,12 @@ def reduce_frame(flux: Floats, plan: Plan, flux_err: Floats | None = None) -> tu
     Returns
     -------
     value : (ny, nx) float32, electron s-1
-        Scattered light. Bins that the mask leaves empty are filled from their neighbours; bins that are
-        empty in this frame only are NaN.
+        Scattered light. Bins that no unmasked pixel says anything of are filled from their neighbours; bins
+        that are empty in this frame only are NaN.
     error : (ny, nx) float32, electron s-1
-        One sigma of `value`, noise of the frame and of the scene. A filled bin has the error that its
-        neighbours' errors are filled with.
+        One sigma of `value`: noise of the frame and of the scene, and for `whole` what moved stars and
+        interpolating across structure may be off. A filled bin has the error that its neighbours' errors are
+        filled with.
 
     Raises
     ------
@@ -157,34 +273,73 @@ def reduce_frame(flux: Floats, plan: Plan, flux_err: Floats | None = None) -> tu
     """
     if flux.shape != plan.subtract.shape:
         raise ValueError(f"frame of shape {flux.shape} does not fit a scene of shape {plan.subtract.shape}")
-    variance = None if flux_err is None else np.square(flux_err)
+    more: Floats
     if plan.statistic == "sparse":
-        value, sigma2 = _sparse(flux, plan, variance)
+        value = _sparse(flux, plan)
     elif plan.statistic == "rolling":
-        value, sigma2 = _rolling(flux, plan), None
+        value = _rolling(flux, plan)
+    elif plan.whole is not None:
+        flux = np.ascontiguousarray(flux)
+        value, more = reduce_whole(flux, plan.whole, plan.motion, plain=plan.statistic == "mean")
     else:
-        value, sigma2 = _blockwise(flux, plan), None
-    if sigma2 is None:
-        sigma2 = _pixel_variance(value, plan, variance, flux)
+        value = _blockwise(flux, plan)
+    if plan.statistic != "whole":
+        more = _take_motion_off(value, flux, plan)
+    if flux_err is None:
+        variance = plan.still + plan.rise * np.maximum(value, 0)
+    else:
+        variance = _pixel_variance(flux, flux_err, plan) * plan.factor**2
     with np.errstate(invalid="ignore"):
-        error = plan.factor * np.sqrt(sigma2)
+        variance += np.square(plan.scene_error) + np.square(more)
+        error = np.sqrt(variance + _structure(value, variance, plan))
     error[np.isnan(value)] = np.nan
     plan.fill(value)
     plan.fill(error)
     return value, error
 
 
-def _pixel_variance(value: Floats, plan: Plan, variance: Floats | None, flux: Floats) -> Floats:
-    """Mean variance of a pixel of each bin: of the frame by UNCERT or the noise law, plus the scene's."""
-    if variance is not None:
-        used = np.isfinite(plan.subtract) & np.isfinite(variance) & np.isfinite(flux)
-        counts = _blocks(used, plan.size).sum(axis=2)
-        return _mean(np.where(used, variance, 0), counts, plan.size) + plan.scene_variance
-    if plan.noise is None:
-        return np.full(plan.shape, np.nan, dtype=np.float32)
-    a, b = plan.noise
-    flux_mean = np.maximum(plan.scene_flux + value, 0)
-    return (a * flux_mean + b + plan.scene_variance).astype(np.float32)
+def _take_motion_off(value: Floats, flux: Floats, plan: Plan) -> Floats:
+    """Take what moved stars add to means off `value`, in place; give the error that they leave."""
+    motion, (ny, nx) = plan.motion, plan.shape
+    row, column = np.divmod(motion.pixel, flux.shape[1])
+    at = np.minimum(row // plan.size, ny - 1), np.minimum(column // plan.size, nx - 1)
+    moved = motion.fit(flux, value[at], plan.noise)
+    if plan.statistic not in {"mean", "sparse"}:
+        return np.float32(ROBUST_SHARE * distance_of(moved)) * plan.blur
+    y, x = (np.arange(n) * plan.size + (plan.size - 1) / 2 for n in plan.shape)
+    value -= expand(moved, plan.terms, place(y, flux.shape[0])[:, None], place(x, flux.shape[1]))
+    return np.float32(expansion_error(distance_of(moved))) * plan.blur
+
+
+def _structure(value: Floats, variance: Floats, plan: Plan) -> Floats:
+    """Variance of bins for the structure of the light, which no statistic follows exactly."""
+    if plan.statistic == "sparse":
+        constant, masked = 1.0, 0.0
+    else:
+        constant, masked = STRUCTURE.get(plan.statistic, STRUCTURE_SIMPLE)
+    if plan.statistic == "whole":
+        scale = min(16 / plan.size, 2.0)
+        constant, masked = scale * constant, scale * masked
+    share = constant + masked * (1 - plan.n_pixels / np.float32(plan.size**2))
+    bend = np.zeros_like(value)
+    for image, out in ((value, bend), (value.T, bend.T)):
+        if len(image) > 2:
+            second = np.square(image[2:] + image[:-2] - 2 * image[1:-1])
+            out[1:-1] += np.nan_to_num(second)
+    return np.asarray(np.square(share) * np.maximum(bend - NOTICED * variance, 0), dtype=np.float32)
+
+
+def _pixel_variance(flux: Floats, flux_err: Floats, plan: Plan) -> Floats:
+    """Mean variance of the pixels of each bin by their uncertainties."""
+    variance = np.square(flux_err)
+    if plan.statistic == "sparse":
+        return variance.reshape(-1)[np.maximum(plan.pixel, 0)]
+    used = np.isfinite(plan.subtract) & np.isfinite(variance) & np.isfinite(flux)
+    if plan.whole is not None:
+        rows, columns = plan.whole.used.shape
+        used[:rows, :columns] &= plan.whole.used
+    counts = _blocks(used, plan.size).sum(axis=2)
+    return _mean(np.where(used, variance, 0), counts, plan.size)
 
 
 def _blockwise(flux: Floats, plan: Plan) -> Floats:
@@ -194,10 +349,13 @@ def _blockwise(flux: Floats, plan: Plan) -> Floats:
     pixels = np.empty((nx, size, size), dtype=np.float32)
     flat = pixels.reshape(nx, size * size)
     value = np.empty(plan.shape, dtype=np.float32)
-    statistic = {"median": _median, "mean": _mean_of, "clipped": _clipped}[plan.statistic]
+    statistic = _median if plan.statistic == "median" else _clipped
+    gain = None if plan.gain is None else plan.gain[: nx * size]
     for j in range(ny):
         rows = slice(j * size, (j + 1) * size)
         np.subtract(flux[rows, : nx * size], plan.subtract[rows, : nx * size], out=strip)
+        if gain is not None:
+            strip *= gain
         pixels[...] = strip.reshape(size, nx, size).transpose(1, 0, 2)
         value[j] = statistic(flat, plan.n_pixels[j])
     return value
@@ -216,14 +374,6 @@ def _median(flat: Floats, counts: npt.NDArray[np.intp]) -> Floats:
     middle: Floats = (flat[row, low] + flat[row, np.minimum(high, flat.shape[1] - 1)]) / 2
     middle[counts == 0] = np.nan
     return middle
-
-
-def _mean_of(flat: Floats, counts: npt.NDArray[np.intp]) -> Floats:
-    """Mean of the finite values of each row."""
-    finite = np.isfinite(flat)
-    counts = finite.sum(axis=1)
-    total = np.where(finite, flat, 0).sum(axis=1, dtype=np.float64)
-    return np.where(counts > 0, total / np.maximum(counts, 1), np.nan).astype(np.float32)
 
 
 def _clipped(flat: Floats, counts: npt.NDArray[np.intp]) -> Floats:
@@ -248,31 +398,102 @@ def _rolling(flux: Floats, plan: Plan) -> Floats:
     window = np.s_[: ny * size, : nx * size]
     image = flux[window] - plan.subtract[window]
     image[np.isinf(image)] = np.nan
+    if plan.gain is not None:
+        image *= plan.gain[: nx * size]
     while image.shape[0] > ny:
         image = _halve(image)
     return image
 
 
 def _halve(image: Floats) -> Floats:
-    """Medians of 4 x 4 windows, two pixels apart, one pixel beyond each edge; NaN is left out."""
+    """Medians of 4 x 4 windows, two pixels apart, one pixel beyond each edge; NaN is left out.
+
+    Windows share sorted 2 x 2 and 4 x 2 blocks, which networks of minima and maxima merge, many at once.
+    Windows with NaN are sorted one by one.
+    """
     rows, columns = (n // 2 for n in image.shape)
-    padded = np.full((image.shape[0] + 2, image.shape[1] + 2), np.nan, dtype=np.float32)
-    padded[1:-1, 1:-1] = image
-    windows = np.lib.stride_tricks.sliding_window_view(padded, (4, 4))[::2, ::2]
     half = np.empty((rows, columns), dtype=np.float32)
-    flat = np.empty((columns, 16), dtype=np.float32)
-    for row in range(rows):
-        flat.reshape(columns, 4, 4)[...] = windows[row]
-        half[row] = _median(flat, np.full(columns, 16))
+    step = max(HALVE_PIXELS // image.shape[1], 1)
+    for first in range(0, rows, step):
+        last = min(first + step, rows)
+        padded = np.full((2 * (last - first) + 2, image.shape[1] + 2), np.nan, dtype=np.float32)
+        top, bottom = max(2 * first - 1, 0), min(2 * last + 1, image.shape[0])
+        padded[top - 2 * first + 1 : bottom - 2 * first + 1, 1:-1] = image[top:bottom]
+        half[first:last] = _window_medians(padded)
     return half
 
 
-def _sparse(flux: Floats, plan: Plan, variance: Floats | None) -> tuple[Floats, Floats | None]:
-    """Value and variance of one pixel a bin."""
-    index, empty = np.maximum(plan.pixel, 0), plan.n_pixels == 0
-    value = flux.ravel()[index] - np.where(empty, 0, plan.scene_flux)
-    value[empty | ~np.isfinite(value)] = np.nan
-    return value, None if variance is None else variance.ravel()[index] + plan.scene_variance
+def _window_medians(padded: Floats) -> Floats:
+    """Medians of the 4 x 4 windows, two pixels apart, of an image."""
+    quad = _sort4(padded[::2, ::2], padded[::2, 1::2], padded[1::2, ::2], padded[1::2, 1::2])
+    pair = _merge4([q[:, :-1] for q in quad], [q[:, 1:] for q in quad])
+    upper, lower = [p[:-1] for p in pair], [p[1:] for p in pair]
+    low: Floats = np.minimum(upper[0], lower[7])
+    high: Floats = np.maximum(upper[0], lower[7])
+    for k in range(1, 8):  # the eight lowest and the eight highest of both: bitonic halves
+        np.maximum(low, np.minimum(upper[k], lower[7 - k]), out=low)
+        np.minimum(high, np.maximum(upper[k], lower[7 - k]), out=high)
+    middle: Floats = np.asarray((low + high) / 2, dtype=np.float32)
+    row, column = np.nonzero(np.isnan(middle))
+    if row.size:
+        at = 2 * row * padded.shape[1] + 2 * column
+        offsets = np.add.outer(np.arange(4) * padded.shape[1], np.arange(4)).reshape(16, 1)
+        few = padded.reshape(-1)[at + offsets]
+        middle[row, column] = _few_medians(few)
+    return middle
+
+
+def _few_medians(values: Floats) -> Floats:
+    """Medians along the first axis, which is 16 long; NaN is left out."""
+    missing = np.isnan(values)
+    count = 16 - np.add.reduce(missing.view(np.uint8), axis=0)
+    values[missing] = np.inf
+    a, b, c, d = (_sort4(*values[k : k + 4]) for k in (0, 4, 8, 12))
+    first, second = _merge4(a, b), _merge4(c, d)
+    # The eight lowest: both middles of up to 15 values are among them.
+    lowest = [np.minimum(first[k], second[7 - k]) for k in range(8)]
+    halves = [(np.minimum(lowest[k], lowest[k + 4]), np.maximum(lowest[k], lowest[k + 4])) for k in range(4)]
+    ordered = np.stack(
+        [value for half in (0, 1) for value in _merge_bitonic([pair[half] for pair in halves])]
+    )
+    column = np.arange(values.shape[1])
+    low, high = np.maximum(count.astype(np.intp) - 1, 0) // 2, count.astype(np.intp) // 2
+    middle: Floats = (ordered[low, column] + ordered[high, column]) / 2
+    middle[count == 0] = np.nan
+    return middle
+
+
+def _sort4(a: Floats, b: Floats, c: Floats, d: Floats) -> list[Floats]:
+    """Four images in order, pixel by pixel."""
+    a, b = np.minimum(a, b), np.maximum(a, b)
+    c, d = np.minimum(c, d), np.maximum(c, d)
+    lowest, second = np.minimum(a, c), np.maximum(a, c)
+    third, highest = np.minimum(b, d), np.maximum(b, d)
+    return [lowest, np.minimum(second, third), np.maximum(second, third), highest]
+
+
+def _merge4(a: list[Floats], b: list[Floats]) -> list[Floats]:
+    """Two lists of four images in order merged into one of eight."""
+    low = [np.minimum(a[k], b[3 - k]) for k in range(4)]
+    high = [np.maximum(a[k], b[3 - k]) for k in range(4)]
+    return _merge_bitonic(low) + _merge_bitonic(high)
+
+
+def _merge_bitonic(four: list[Floats]) -> list[Floats]:
+    """Order four images that rise and then fall, or are a rotation of such, pixel by pixel."""
+    p, q = np.minimum(four[0], four[2]), np.maximum(four[0], four[2])
+    r, s = np.minimum(four[1], four[3]), np.maximum(four[1], four[3])
+    return [np.minimum(p, r), np.maximum(p, r), np.minimum(q, s), np.maximum(q, s)]
+
+
+def _sparse(flux: Floats, plan: Plan) -> Floats:
+    """Value of one pixel a bin."""
+    index = np.maximum(plan.pixel, 0)
+    value: Floats = flux.reshape(-1)[index] - plan.subtract.reshape(-1)[index]
+    if plan.gain is not None:
+        value *= plan.gain[index % flux.shape[1]]
+    value[~np.isfinite(value)] = np.nan
+    return value
 
 
 def _blocks(image: npt.NDArray[np.generic], size: int) -> npt.NDArray[np.generic]:
@@ -316,7 +537,7 @@ def median_variance(count: npt.ArrayLike) -> npt.NDArray[np.float64]:
 def _error_factor(
     valid: npt.NDArray[np.bool_], counts: npt.NDArray[np.intp], size: int, statistic: str
 ) -> Floats:
-    """Standard error of a statistic for pixels of unit variance."""
+    """Give the standard error of a statistic for pixels of unit variance."""
     n = np.where(counts > 0, counts, np.nan)
     if statistic == "sparse":
         factor = np.where(counts > 0, 1.0, np.nan)
@@ -336,7 +557,7 @@ CLIPPED_VARIANCE: Final = 1.02
 
 
 def _rolling_factor(valid: npt.NDArray[np.bool_], size: int) -> npt.NDArray[np.float64]:
-    """Standard error of `rolling`: its shape from counts, its scale from noise put through the kernel.
+    """Give the standard error of `rolling`: shape from counts, scale from noise put through the kernel.
 
     A bin's value draws on windows that reach beyond it, so the pixels that matter are counted with the
     same overlapping windows; one number then scales their inverse root to the spread that eight images of

@@ -15,6 +15,16 @@ import numpy.typing as npt
 from scipy import ndimage
 
 from tessbkg.ccd import STRAP_COLUMNS
+from tessbkg.motion import (
+    displacement,
+    distance_of,
+    expand,
+    expansion_error,
+    place,
+    prepare_motion,
+    refine_terms,
+    scene_terms,
+)
 from tessbkg.reduce import plan_reduction, reduce_frame
 
 Floats = npt.NDArray[np.float32]
@@ -26,6 +36,35 @@ STRIP_ROWS: Final = 128
 """Rows combined at once, which bounds memory."""
 
 CLIP_SIGMA: Final = 4.0
+
+EXCESS_SIGMA: Final = 4.0
+"""Scatter between dark frames counts as more than noise from this many sigmas on."""
+
+STAR_LEVEL: Final = 100.0
+"""Pixels this far above the sky, electron s-1, do not count when the light of dark frames is measured."""
+
+SAME_LEVEL: Final = 0.01
+"""Dark frames as dark as the darkest to within this, electron s-1, together are the zero of the light."""
+
+MUCH_LIGHT: Final = 2.0
+"""A dark frame with this much more light somewhere, electron s-1, is not used if there are three with less:
+light with sharp edges does not go away on bins of 32 pixels."""
+
+SCENE_SHARE: Final = 0.7
+"""Error of the scene where stars moved, over that of a frame whose stars moved like those of the dark
+frames."""
+
+STRAP_REFERENCE: Final = 4
+"""Columns on either side that tell the light on a strap."""
+
+STRAP_ROWS: Final = 64
+"""Rows of a block of which a strap's response is measured once."""
+
+STRAP_SLOPE: Final = 20.0
+"""Pixels where the scene is steeper, electron s-1 per pixel, do not tell: stars move."""
+
+STRAP_LIGHT: Final = 1.0
+"""Light, electron s-1, below which a block of rows does not tell a response."""
 
 
 class Mask(IntFlag):
@@ -57,17 +96,18 @@ class MaskOptions:
     bleed : int
         Pixels by which saturated columns grow up and down.
     straps : bool
-        Mask columns over straps, which are 1-2 % brighter.
+        Mask columns over straps, which are 1-2 % brighter. Without, their response is measured in bright
+        frames and divided out.
     strap_dilation : int
-        Columns by which the strap mask grows; the neighbours are 0.7 % brighter.
+        Columns by which straps grow; the neighbours are 0.7 % brighter.
     """
 
-    star_level: float = 100.0
-    star_gradient: float = 60.0
+    star_level: float = 200.0
+    star_gradient: float = 120.0
     star_dilation: int = 1
     saturation: float = 4e4
     bleed: int = 8
-    straps: bool = True
+    straps: bool = False
     strap_dilation: int = 1
 
 
@@ -86,6 +126,10 @@ class Scene:
         a and b of the noise law of a frame: variance of a pixel = a * flux + b.
     dark_frames : tuple of str
         File names of the frames it was made of.
+    terms : (5, rows, columns) float32, electron s-1, optional
+        What a pixel gains when the stars move (:mod:`tessbkg.motion`).
+    response : (columns,) float32, optional
+        Response of each column to light: over straps it is 1-2 % more than 1.
     """
 
     flux: Floats
@@ -93,6 +137,8 @@ class Scene:
     mask: npt.NDArray[np.uint8]
     noise: tuple[float, float]
     dark_frames: tuple[str, ...] = ()
+    terms: Floats | None = None
+    response: Floats | None = None
 
 
 def fit_noise(flux: Floats, flux_err: Floats) -> tuple[float, float]:
@@ -136,6 +182,7 @@ def make_scene(
     dark: Floats,
     noise: tuple[float, float],
     *,
+    bright: Floats | None = None,
     options: MaskOptions | None = None,
     first_column: int = 0,
     dark_frames: tuple[str, ...] = (),
@@ -143,8 +190,10 @@ def make_scene(
     """Combine dark frames into the static sky and mask it.
 
     The smooth light that dark frames still differ by is measured on bins of 32 pixels and taken out first,
-    down to the mean of their darkest quarter. Then every pixel is the mean over frames of what lies
-    within four sigmas of the median.
+    down to that of the darkest; frames with much light are not used if there are three without. What the
+    motion of the stars adds to each frame is taken out too (:mod:`tessbkg.motion`), which also shows the
+    slopes of the scene. Then every pixel is the mean over frames of what lies within four sigmas of the
+    median.
 
     Parameters
     ----------
@@ -152,6 +201,8 @@ def make_scene(
         Dark frames; changed in place. NaN is left out.
     noise : tuple of (float, float)
         a and b of the noise law (:func:`fit_noise`).
+    bright : (n, rows, columns) float32, electron s-1, optional
+        Frames full of light, which show the response of columns over straps. Without them it is taken for 1.
     options : MaskOptions, optional
     first_column : int
         0-based science column of the first pixel (0 but for trimmed files), for the straps.
@@ -165,39 +216,182 @@ def make_scene(
     """
     if dark.ndim != 3 or len(dark) == 0:
         raise ValueError(f"dark has shape {dark.shape}: one frame or more of (rows, columns) are needed")
-    if len(dark) > 1:
-        _remove_light(dark)
-    flux, error = _combine(dark, noise)
-    mask = make_mask(flux, options or MaskOptions(), first_column=first_column)
-    return Scene(flux, error, mask, noise, dark_frames)
+    options = options or MaskOptions()
+    used = _remove_light(dark) if len(dark) > 1 else np.ones(1, dtype=bool)
+    if len(dark_frames) == len(dark):
+        dark_frames = tuple(name for name, kept in zip(dark_frames, used, strict=True) if kept)
+    frames = [frame for frame, kept in zip(dark, used, strict=True) if kept]
+    flux, error, terms = _combine_moving(frames, noise)
+    mask = make_mask(flux, options, first_column=first_column)
+    response = np.ones(flux.shape[1], dtype=np.float32)
+    if bright is not None and len(bright) and not options.straps:
+        straps = _strap_columns(flux.shape[1], first_column, options.strap_dilation)
+        steep = np.hypot(terms[0], terms[1]) > STRAP_SLOPE
+        response = strap_response(bright, flux, steep | (mask != 0), straps)
+    return Scene(flux, error, mask, noise, dark_frames, terms, response)
+
+
+def _combine_moving(frames: list[Floats], noise: tuple[float, float]) -> tuple[Floats, Floats, Floats]:
+    """Mean, error and terms (:mod:`tessbkg.motion`) of frames whose stars stand apart."""
+    shape = frames[0].shape
+    flux, error = np.empty(shape, dtype=np.float32), np.empty(shape, dtype=np.float32)
+    for rows in _strips(shape[0]):
+        flux[rows], error[rows] = _combine(np.stack([frame[rows] for frame in frames]), noise)
+    terms = scene_terms(flux)
+    if len(frames) < 3:
+        return flux, error, terms
+    y, x = place(np.arange(shape[0]), shape[0])[:, None], place(np.arange(shape[1]), shape[1])
+    for turn in range(2):
+        tracers = prepare_motion(flux, terms, noise)
+        if not tracers.pixel.size:
+            break
+        moved = np.array([tracers.fit(frame, np.zeros(1, dtype=np.float32), noise) for frame in frames])
+        moved = (moved - moved.mean(axis=0)).astype(np.float32)
+        for rows in _strips(shape[0]):
+            strip = np.stack(
+                [
+                    frame[rows] - expand(motion, terms[:, rows], y[rows], x)
+                    for frame, motion in zip(frames, moved, strict=True)
+                ]
+            )
+            if turn:
+                flux[rows] = _middle(np.sort(strip, axis=0))
+                strip += _refine(
+                    strip - flux[rows], moved, terms[:, rows], flux=flux[rows], noise=noise, y=y[rows], x=x
+                )
+            flux[rows], error[rows] = _combine(strip, noise)
+        if not turn:
+            terms = scene_terms(flux)
+        else:
+            typical = float(np.sqrt(np.mean([distance_of(motion) ** 2 for motion in moved])))
+            error = np.hypot(
+                error, np.float32(SCENE_SHARE * expansion_error(typical)) * np.hypot(terms[0], terms[1])
+            )
+    return flux, error, terms
+
+
+def _refine(
+    residual: Floats,
+    moved: Floats,
+    terms: Floats,
+    *,
+    flux: Floats,
+    noise: tuple[float, float],
+    y: Floats,
+    x: Floats,
+) -> Floats:
+    """Refine the terms of a strip, in place, block by block; what that takes off the frames."""
+    change = np.empty_like(residual)
+    for first in range(0, flux.shape[1], STRIP_ROWS):
+        block = np.s_[:, first : first + STRIP_ROWS]
+        every = np.s_[:, *block]
+        here = np.array([displacement(m, y.mean(), x[block[1]].mean()) for m in moved], dtype=np.float32)
+        before = terms[every].copy()
+        variance = noise[0] * np.maximum(flux[block], 0) + noise[1]
+        refine_terms(residual[every], here, terms[every], np.asarray(variance, dtype=np.float32))
+        before -= terms[every]
+        for target, motion in zip(change, moved, strict=True):
+            target[block] = expand(motion, before, y, x[block[1]])
+    return change
 
 
 def _strips(rows: int) -> list[slice]:
     return [slice(first, min(first + STRIP_ROWS, rows)) for first in range(0, rows, STRIP_ROWS)]
 
 
-def _remove_light(dark: Floats) -> None:
-    """Take the smooth light of each dark frame away, down to that of their darkest quarter."""
+def _remove_light(dark: Floats) -> npt.NDArray[np.bool_]:
+    """Take the smooth light of each dark frame away, down to that of the darkest; which frames to use."""
     reference = np.empty(dark.shape[1:], dtype=np.float32)
     for rows in _strips(dark.shape[1]):
-        reference[rows] = np.nanmedian(dark[:, rows], axis=0)
-    size = min(LIGHT_BIN, *reference.shape)
-    sky = ndimage.median_filter(reference[::4, ::4], size=9)
-    bright = (
-        reference
-        > np.kron(sky, np.ones((4, 4), dtype=np.float32))[: reference.shape[0], : reference.shape[1]] + 100
-    )
-    plan = plan_reduction(reference, bright, bin=size, statistic="median")
-    light = np.stack([ndimage.gaussian_filter(reduce_frame(frame, plan)[0], 1.0) for frame in dark])
-    order = np.argsort(np.nanmean(light, axis=(1, 2)))
-    light -= light[order[: max(len(dark) // 4, 1)]].mean(axis=0)
+        reference[rows] = _middle(np.sort(dark[:, rows], axis=0))
+    size = min(LIGHT_BIN, *dark.shape[1:])
+    star = reference - local_sky(reference) > STAR_LEVEL
+    plan = plan_reduction(reference, star, bin=size, statistic="median")
+    maps = [ndimage.gaussian_filter(reduce_frame(frame, plan)[0], 1.0) for frame in dark]
+    light: Floats = np.stack(maps).astype(np.float32)
+    usable = np.asarray(np.isfinite(light).all(axis=(1, 2)))
+    if not usable.any():
+        return np.ones(len(dark), dtype=bool)
+    level = np.where(usable, light.mean(axis=(1, 2)), np.inf)
+    light -= light[level <= level.min() + SAME_LEVEL].mean(axis=0)
     rows, columns = (
         np.clip((np.arange(n) + 0.5) / size - 0.5, 0, m - 1)
-        for n, m in zip(reference.shape, light.shape[1:], strict=True)
+        for n, m in zip(dark.shape[1:], maps[0].shape, strict=True)
     )
-    for frame, image in zip(dark, light, strict=True):
-        if np.isfinite(image).all():
-            frame -= _bilinear(image, rows, columns)
+    for i in np.flatnonzero(usable):
+        dark[i] -= _bilinear(light[i], rows, columns)
+    clean = usable & (np.percentile(np.abs(light), 99, axis=(1, 2)) < MUCH_LIGHT)
+    return np.asarray(clean if clean.sum() >= 3 else usable)
+
+
+def strap_response(
+    bright: Floats, flux: Floats, masked: npt.NDArray[np.bool_], columns: npt.NDArray[np.intp]
+) -> Floats:
+    """Measure how much more light columns over straps show than their neighbours.
+
+    Parameters
+    ----------
+    bright : (n, rows, columns) float32, electron s-1
+        Frames with light.
+    flux : (rows, columns) float32, electron s-1
+        The scene.
+    masked : (rows, columns) bool
+    columns : (k,) int
+        Columns over straps and those next to them.
+
+    Returns
+    -------
+    (columns,) float32
+        Response to light, 1 for all but `columns`: the median over blocks of rows of the light over that
+        interpolated, row by row, between the nearest STRAP_REFERENCE columns to the left and the right.
+    """
+    n_columns = flux.shape[1]
+    response = np.ones(n_columns, dtype=np.float32)
+    special = np.zeros(n_columns, dtype=bool)
+    special[columns] = True
+    plain = np.flatnonzero(~special)
+    if plain.size < 2 * STRAP_REFERENCE or not columns.size:
+        return response
+    blocks = max(flux.shape[0] // STRAP_ROWS, 1)
+    rows = flux.shape[0] // blocks * blocks
+    for column in columns:
+        at = np.searchsorted(plain, column)
+        left, right = plain[max(at - STRAP_REFERENCE, 0) : at], plain[at : at + STRAP_REFERENCE]
+        if not len(left) or not len(right):
+            continue
+        over, level = [], []
+        for frame in bright:
+            near = [_light(frame, flux, masked, side, rows) for side in (left, right)]
+            here, _ = _light(frame, flux, masked, np.array([column]), rows)
+            (low, low_at), (high, high_at) = near
+            with np.errstate(invalid="ignore", divide="ignore"):
+                between = low + (high - low) * (column - low_at) / (high_at - low_at)
+            good = np.isfinite(here) & np.isfinite(between)
+            over.append(np.where(good, here, 0).reshape(blocks, -1).sum(axis=1))
+            level.append(np.where(good, between, 0).reshape(blocks, -1).sum(axis=1))
+        bright_enough = np.concatenate(level) > STRAP_LIGHT * (rows // blocks)
+        if bright_enough.sum() >= 4:
+            ratio = np.concatenate(over)[bright_enough] / np.concatenate(level)[bright_enough]
+            response[column] = np.median(ratio)
+    return response
+
+
+def _light(
+    frame: Floats, flux: Floats, masked: npt.NDArray[np.bool_], columns: npt.NDArray[np.intp], rows: int
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Mean light of every row's unmasked pixels in some columns, and their mean column; NaN if none."""
+    light = frame[:rows, columns] - flux[:rows, columns]
+    good = ~masked[:rows, columns] & np.isfinite(light)
+    number = good.sum(axis=1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        place_of = (good * columns).sum(axis=1) / number
+        return np.asarray(np.where(good, light, 0).sum(axis=1) / number), np.asarray(place_of)
+
+
+def _strap_columns(n: int, first_column: int, dilation: int) -> npt.NDArray[np.intp]:
+    """Columns over straps, grown, among `n` from a 0-based science column on."""
+    columns = np.unique(STRAP_COLUMNS[:, None] + np.arange(-dilation, dilation + 1)) - first_column
+    return np.asarray(columns[(columns >= 0) & (columns < n)])
 
 
 def _bilinear(image: Floats, rows: npt.NDArray[np.float64], columns: npt.NDArray[np.float64]) -> Floats:
@@ -207,33 +401,37 @@ def _bilinear(image: Floats, rows: npt.NDArray[np.float64], columns: npt.NDArray
         low = np.minimum(position.astype(np.intp), max(len(values) - 2, 0))
         high = np.minimum(low + 1, len(values) - 1)
         share = (position - low).astype(np.float32)[:, None]
-        return values[low] * (1 - share) + values[high] * share
+        return np.asarray(values[low] * (1 - share) + values[high] * share)
 
     return along(along(image, rows).T, columns).T
 
 
-def _combine(dark: Floats, noise: tuple[float, float]) -> tuple[Floats, Floats]:
-    """Clipped mean over frames and its standard error."""
-    flux = np.empty(dark.shape[1:], dtype=np.float32)
-    error = np.empty_like(flux)
-    n = len(dark)
-    for rows in _strips(dark.shape[1]):
-        values = np.sort(dark[:, rows], axis=0)  # NaN last
-        count = np.isfinite(values).sum(axis=0)
-        last = np.maximum(count - 1, 0)[None]
-        quartile = [np.take_along_axis(values, k * last // 4, axis=0)[0] for k in (1, 2, 3)]
-        middle = (quartile[1] + np.take_along_axis(values, (last + 1) // 2, axis=0)[0]) / 2
-        sigma = np.sqrt(noise[0] * np.maximum(middle, 0) + noise[1])
-        # Stars that move a little scatter more than the noise: the quartiles say how much.
-        sigma = np.maximum(sigma, (quartile[2] - quartile[0]) / 1.349 if n > 3 else 0)
-        with np.errstate(invalid="ignore"):
-            kept = np.abs(values - middle) <= CLIP_SIGMA * sigma
+def _middle(ordered: Floats) -> Floats:
+    """Median along the first axis of what is sorted along it, NaN last; NaN where all are."""
+    last = np.maximum(np.isfinite(ordered).sum(axis=0) - 1, 0)[None]
+    low, high = (np.take_along_axis(ordered, k // 2, axis=0)[0] for k in (last, last + 1))
+    return np.asarray((low + high) / 2, dtype=np.float32)
+
+
+def _combine(frames: Floats, noise: tuple[float, float]) -> tuple[Floats, Floats]:
+    """Clipped mean over frames and its standard error, by the noise or by the scatter if larger."""
+    values = np.sort(frames, axis=0)  # NaN last
+    n = len(values)
+    last = np.maximum(np.isfinite(values).sum(axis=0) - 1, 0)[None]
+    low, high = (np.take_along_axis(values, k * last // 4, axis=0)[0] for k in (1, 3))
+    middle = _middle(values)
+    sigma = np.sqrt(noise[0] * np.maximum(middle, 0) + noise[1])
+    # Stars that vary, or whose motion is not told well, scatter more than the noise.
+    wide = np.maximum(sigma, (high - low) / 1.349 if n > 3 else 0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        kept = np.abs(values - middle) <= CLIP_SIGMA * wide
         number = kept.sum(axis=0)
-        total = np.where(kept, values, 0).sum(axis=0, dtype=np.float64)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            flux[rows] = total / number
-            error[rows] = sigma / np.sqrt(number)
-    return flux, error
+        flux = np.where(kept, values, 0).sum(axis=0, dtype=np.float64) / number
+        square = np.where(kept, values - middle, 0)
+        scatter = np.square(square, out=square).sum(axis=0) / np.maximum(number - 1, 1)
+        excess = scatter > sigma**2 * (1 + EXCESS_SIGMA * np.sqrt(2 / np.maximum(number - 1, 1)))
+        variance = np.where(excess, scatter, sigma**2) / number
+    return flux.astype(np.float32), np.sqrt(variance).astype(np.float32)
 
 
 def make_mask(flux: Floats, options: MaskOptions, *, first_column: int = 0) -> npt.NDArray[np.uint8]:
@@ -266,9 +464,8 @@ def make_mask(flux: Floats, options: MaskOptions, *, first_column: int = 0) -> n
     mask[saturated] |= np.uint8(Mask.SATURATED)
     mask[bad] |= np.uint8(Mask.BAD)
     if options.straps:
-        grown = STRAP_COLUMNS[:, None] + np.arange(-options.strap_dilation, options.strap_dilation + 1)
-        columns = np.unique(grown) - first_column
-        mask[:, columns[(columns >= 0) & (columns < flux.shape[1])]] |= np.uint8(Mask.STRAP)
+        columns = _strap_columns(flux.shape[1], first_column, options.strap_dilation)
+        mask[:, columns] |= np.uint8(Mask.STRAP)
     return mask
 
 

@@ -700,8 +700,15 @@ def _stars(sim: Simulation) -> tuple[F32, ...]:
         middle = round(float(row[k])) + pad, round(float(column[k])) + pad
         window = tuple(slice(max(m - half, 0), m + half + 1) for m in middle)
         y, x = (np.arange(n)[w] - pad for n, w in zip(padded, window, strict=True))
-        square = (y - row[k])[:, None] ** 2 + (x - column[k]) ** 2
-        images[0][window] += 0.02 * flux[k] / (2 * np.pi * 9) * (1 + square / 9) ** -1.5
+        dy, dx = (y - row[k])[:, None], x - column[k]
+        u, level = 1 + (dy**2 + dx**2) / 9, 0.02 * flux[k] / (2 * np.pi * 9)
+        first, second = level / 3 * u**-2.5, level * 5 / 27 * u**-3.5
+        shapes = (
+            level * u**-1.5, dy * first, dx * first,
+            dy**2 * second - first, dy * dx * second, dx**2 * second - first,
+        )  # fmt: skip
+        for derivative, shape in zip(images, shapes, strict=True):
+            derivative[window] += shape.astype(np.float32)
     images = [image[pad:-pad, pad:-pad] for image in images]
     bled = _bleed(images[0].astype(np.float64))
     still = (images[0] > 0.5 * FULL_WELL) | (bled > 0.99 * FULL_WELL)

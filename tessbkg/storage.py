@@ -7,9 +7,12 @@ this is where a transient fault is healed and where a final one gets its type.
 from __future__ import annotations
 
 import errno
+import functools
 import itertools
 import logging
 import random
+import re
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final, TypeVar
@@ -74,10 +77,45 @@ def check_options(options: Options | None, name: str = "storage_options") -> dic
                 )
             if isinstance(value, Mapping):
                 walk(value)
+            elif isinstance(value, str):
+                check_url(value, f"{name}[{field!r}]")
 
     result = dict(options or {})
     walk(result)
     return result
+
+
+def check_url(url: str, name: str = "URL") -> None:
+    """Refuse a URL with a password or a signature in it: it would end in stores, logs and task graphs.
+
+    Raises
+    ------
+    ValueError
+        Without repeating the URL.
+    """
+    authority, _, rest = url.partition("://")[2].partition("/")
+    signed = re.search(r"(?i)[?&](X-Amz-Signature|Signature|sig)=", rest)
+    if signed or ":" in authority.rpartition("@")[0]:
+        raise ValueError(
+            f"{name} holds a password or a signature: credentials are not taken in URLs, because URLs are "
+            "kept in stores; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or AWS_PROFILE instead"
+        )
+
+
+@functools.lru_cache(maxsize=1)
+def _one_scheme() -> Any:
+    """Trace configuration of aiohttp that refuses redirects to another scheme."""
+    import aiohttp  # noqa: PLC0415 (only for sources on the web)
+
+    async def refuse(_session: Any, _context: Any, params: Any) -> None:
+        target = str(params.response.headers.get("Location", ""))
+        scheme = target.partition("://")[0].lower() if "://" in target else params.url.scheme
+        if scheme != params.url.scheme:
+            raise PermissionError(errno.EACCES, f"redirected from {params.url.scheme} to {scheme}")
+
+    trace = aiohttp.TraceConfig()
+    trace.on_request_redirect.append(refuse)
+    return trace
 
 
 FrozenOptions = tuple[tuple[str, Any], ...]
@@ -119,7 +157,10 @@ def filesystem(url: str, options: Options | None = None) -> tuple[Any, str]:
     ValueError
         If the protocol of `url` is unknown or its package is not installed.
     """
+    check_url(url)
     options = dict(options or {})
+    if url.startswith(("http://", "https://")):
+        options["client_kwargs"] = {"trace_configs": [_one_scheme()], **options.get("client_kwargs", {})}
     if url.startswith(("s3://", "s3a://")):
         # botocore keeps ten connections by default: fewer than the reads that run at once.
         options["config_kwargs"] = {
@@ -135,6 +176,20 @@ def filesystem(url: str, options: Options | None = None) -> tuple[Any, str]:
     if options.get("config_kwargs", {}).get("retries") == ONE_TRY:
         fs.retries = 1  # s3fs has no option for it
     return fs, path
+
+
+class _Tally(threading.local):
+    """Failed tries of this thread's reads that were tried again."""
+
+    retries = 0
+
+
+tally: Final = _Tally()
+
+
+def path_of(fs: Any, url: str) -> str:
+    """Strip the protocol off a URL: its path in a filesystem."""
+    return str(fs._strip_protocol(url))  # noqa: SLF001 (the only way that fsspec has)
 
 
 def join(root: str, *parts: str) -> str:
@@ -223,6 +278,7 @@ def retry(
                 raise read_error(key, error, attempt + 1) from error
             logger.debug("%s: %s, trying again", key, type(error).__name__)
             wait = pause(error, attempt)
+        tally.retries += 1
         sleep(wait)
     raise AssertionError  # pragma: no cover
 
@@ -308,12 +364,34 @@ def read_ranges(
 
 
 def list_folder(fs: Any, path: str) -> list[dict[str, Any]]:
-    """List one folder afresh: dictionaries with `name`, `type`, `size`; empty when it is not there."""
+    """List one folder afresh: dictionaries with `name`, `type`, `size`; empty when it is not there.
+
+    Raises
+    ------
+    FFIReadError
+        If the folder cannot be listed, or its listing names what is not directly in it.
+    """
     try:
         entries: Iterable[dict[str, Any]] = retry(lambda: fs.ls(path, detail=True, refresh=True), path)
     except FFIMissingError:
         return []
-    return list(entries)
+    found = list(entries)
+    folder = path_of(fs, path)
+    for entry in found:
+        check_below(folder, str(entry["name"]))
+    return found
+
+
+def check_below(folder: str, name: str) -> None:
+    """Refuse a listed name that is not below its folder, or climbs out of it with `..`.
+
+    Raises
+    ------
+    FFIReadError
+    """
+    below = f"{name}/".startswith(folder.rstrip("/") + "/")
+    if not below or ".." in name[len(folder) :].split("/"):
+        raise FFIReadError(folder, f"its listing names {name!r}, which is not below it")
 
 
 def glob(url: str, options: Options | None = None) -> list[str]:

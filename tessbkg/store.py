@@ -8,7 +8,12 @@ only when the marker that is its last write is there:
 3. child group `scene`: the static sky and masks; marker: attribute `complete`;
 4. the template: every variable with its coordinates and attributes, no data; marker: attribute `template`;
 5. the shards along time, in any order, by anybody; marker: `frame_status` of the shard's frames;
-6. child group `report`: what became of every frame; marker: attribute `complete` of the CCD's group.
+6. attribute `complete` of the CCD's group;
+7. child group `report`: what became of every frame, and the list of the group's objects; its digest is the
+   seal of the group (:func:`write_sealed`).
+
+Every chunk carries its CRC-32C, every `zarr.json` its digest in the list of objects: :mod:`tessbkg.check`
+finds any flipped bit and any lost object.
 
 Two processes that build the same CCD with the same options do the work twice and write the same bytes; so
 nobody deletes anything, but `overwrite` the whole group, and the writer of a shard an object that is not one.
@@ -17,8 +22,10 @@ nobody deletes anything, but `overwrite` the whole group, and the writer of a sh
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import logging
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -30,12 +37,14 @@ import numpy.typing as npt
 import pandas as pd
 import xarray as xr
 import zarr
-from zarr.codecs import BloscCodec
+from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
+from zarr.core.buffer import default_buffer_prototype
+from zarr.core.sync import sync
 from zarr.errors import ContainsArrayError, ContainsGroupError
 from zarr.storage import FsspecStore, LocalStore
 
 from tessbkg.ccd import CCD
-from tessbkg.errors import StoreError, StoreMismatchError
+from tessbkg.errors import StoreError, StoreMismatchError, TessbkgError
 from tessbkg.storage import FrozenOptions, Options, check_options, filesystem, freeze, join, thaw
 
 logger = logging.getLogger(__name__)
@@ -103,8 +112,8 @@ def open_store(url: str, options: Options | None = None, *, read_only: bool = Fa
 
 
 @contextlib.contextmanager
-def store_errors(group: Group) -> Iterator[None]:
-    """Turn what filesystems raise at a write into one clear line.
+def store_errors(group: Group, verb: str = "write") -> Iterator[None]:
+    """Turn whatever a store raises into one clear line.
 
     Raises
     ------
@@ -112,12 +121,19 @@ def store_errors(group: Group) -> Iterator[None]:
     """
     try:
         yield
+    except TessbkgError:
+        raise
     except PermissionError as error:
-        raise StoreError(f"{group.url}: permission denied: {_line(error)}") from error
+        raise StoreError(f"{group.url}: cannot {verb}: permission denied: {_line(error)}") from error
     except FileNotFoundError as error:
-        raise StoreError(f"{group.url}: not found (does the bucket exist?): {_line(error)}") from error
+        reason = f"not found (does the bucket exist?): {_line(error)}"
+        raise StoreError(f"{group.url}: cannot {verb}: {reason}") from error
     except OSError as error:
-        raise StoreError(f"{group.url}: cannot write: {_line(error)}") from error
+        raise StoreError(f"{group.url}: cannot {verb}: {_line(error)}") from error
+    except Exception as error:
+        # Clients of object stores and codecs have errors of their own.
+        reason = f"{type(error).__name__}: {_line(error)}"
+        raise StoreError(f"{group.name}: cannot {verb}: {reason}") from error
 
 
 def _line(error: BaseException) -> str:
@@ -130,17 +146,41 @@ def read_fields(group: Group) -> dict[str, Any] | None:
     Raises
     ------
     StoreMismatchError
-        If the group is of another layout, or not ours.
+        If the group is not ours.
+    StoreError
+        If it is of another layout, or cannot be read.
     """
-    try:
-        attrs = dict(zarr.open_group(group.store(read_only=True), path=group.path, mode="r").attrs)
-    except FileNotFoundError:
-        return None
+    with store_errors(group, "read"):
+        try:
+            attrs = dict(zarr.open_group(group.store(read_only=True), path=group.path, mode="r").attrs)
+        except FileNotFoundError:
+            _check_place(group)
+            return None
+        except NotADirectoryError:
+            raise StoreMismatchError(f"{group.url} is a file; choose another store") from None
     layout = attrs.get("layout")
+    if layout is None:
+        raise StoreMismatchError(f"{group.name} is not one of tessbkg's; choose another store")
     if layout != LAYOUT:
-        found = "is not one of tessbkg's" if layout is None else f"has layout {layout}"
-        raise StoreMismatchError(f"{group.name} {found}; this version reads and writes layout {LAYOUT}")
+        raise StoreError(f"{group.name} has layout {layout}; this version reads and writes layout {LAYOUT}")
     return attrs
+
+
+def _check_place(group: Group) -> None:
+    """Refuse a local folder that holds something else than a Zarr store.
+
+    Raises
+    ------
+    StoreMismatchError
+    """
+    fs, root = filesystem(group.url, group.store_options)
+    if "file" not in np.atleast_1d(fs.protocol) or not fs.exists(root):
+        return
+    if not fs.isdir(root):
+        raise StoreMismatchError(f"{group.url} is a file; choose another store")
+    names = {str(name).rpartition("/")[2] for name in fs.ls(root, detail=False)}
+    if "zarr.json" not in names and any(not name.endswith(".partial") for name in names):
+        raise StoreMismatchError(f"{group.url} is a folder of other things; choose another store")
 
 
 def create_group(group: Group, fields: Mapping[str, Any], *, overwrite: bool = False) -> dict[str, Any]:
@@ -168,6 +208,7 @@ def create_group(group: Group, fields: Mapping[str, Any], *, overwrite: bool = F
     """
     with store_errors(group):
         if overwrite:
+            _check_ours(group)
             delete_group(group)
         found = read_fields(group)
         if found is None:
@@ -183,6 +224,16 @@ def create_group(group: Group, fields: Mapping[str, Any], *, overwrite: bool = F
                 found = read_fields(group) or found
     check_fields(group, found, fields)
     return found
+
+
+def _check_ours(group: Group) -> None:
+    """Refuse to delete a group that is not ours; one of another layout or a damaged one may go."""
+    try:
+        read_fields(group)
+    except StoreMismatchError:
+        raise
+    except StoreError:
+        logger.info("%s is of another layout or damaged; it is deleted", group.name)
 
 
 def check_fields(group: Group, attrs: Mapping[str, Any], fields: Mapping[str, Any]) -> None:
@@ -214,18 +265,24 @@ def delete_group(group: Group) -> None:
     fs.invalidate_cache()
 
 
+def set_attributes(group: Group, **values: Any) -> None:
+    """Set attributes of a group."""
+    with store_errors(group):
+        zarr.open_group(group.store(), path=group.path, mode="r+").attrs.update(values)
+
+
 def set_marker(group: Group, name: str) -> None:
     """Set an attribute of a group to 1: the last write of a step."""
-    with store_errors(group):
-        zarr.open_group(group.store(), path=group.path, mode="r+").attrs[name] = 1
+    set_attributes(group, **{name: 1})
 
 
 def marker(group: Group, name: str) -> Any:
     """Read an attribute of a group; None if either is not there."""
-    try:
-        return zarr.open_group(group.store(read_only=True), path=group.path, mode="r").attrs.get(name)
-    except FileNotFoundError:
-        return None
+    with store_errors(group, "read"):
+        try:
+            return zarr.open_group(group.store(read_only=True), path=group.path, mode="r").attrs.get(name)
+        except FileNotFoundError:
+            return None
 
 
 def write_child(group: Group, name: str, dataset: xr.Dataset) -> None:
@@ -240,10 +297,10 @@ def write_child(group: Group, name: str, dataset: xr.Dataset) -> None:
 
 
 def _compressed(variable: xr.Variable) -> dict[str, Any]:
-    """Encode a variable with Blosc and bit shuffle, but for text."""
+    """Encode a variable with compression and, around it, the checksum of each chunk."""
     if variable.dtype.kind == "O":
-        return {}
-    return {"compressors": (BloscCodec(cname="zstd", clevel=3, shuffle="bitshuffle"),)}
+        return {"compressors": (ZstdCodec(), Crc32cCodec())}
+    return {"compressors": (BloscCodec(cname="zstd", clevel=3, shuffle="bitshuffle"), Crc32cCodec())}
 
 
 def _write(group: Group, dataset: xr.Dataset, encoding: Mapping[str, dict[str, Any]]) -> None:
@@ -281,9 +338,12 @@ def read_child(group: Group, name: str) -> xr.Dataset | None:
     child = group.child(name)
     if not marker(child, "complete"):
         return None
-    with xr.open_zarr(
-        group.store(read_only=True), group=child.path, consolidated=False, chunks=None
-    ) as dataset:
+    with (
+        store_errors(child, "read"),
+        xr.open_zarr(
+            group.store(read_only=True), group=child.path, consolidated=False, chunks=None
+        ) as dataset,
+    ):
         loaded: xr.Dataset = dataset.load()
         return loaded
 
@@ -338,11 +398,12 @@ def empty_variable(shape: tuple[int, ...], dtype: str, fill: float) -> da.Array:
 
 def read_array(group: Group, name: str, region: slice = slice(None)) -> npt.NDArray[Any] | None:
     """Read an array of a group, or a region of it along its first axis; None if it is not there."""
-    try:
-        array = zarr.open_array(group.store(read_only=True), path=f"{group.path}/{name}", mode="r")
-    except FileNotFoundError:
-        return None
-    return np.asarray(array[region])
+    with store_errors(group, "read"):
+        try:
+            array = zarr.open_array(group.store(read_only=True), path=f"{group.path}/{name}", mode="r")
+        except FileNotFoundError:
+            return None
+        return np.asarray(array[region])
 
 
 def shards(n: int, shard_frames: int) -> list[tuple[int, int]]:
@@ -352,9 +413,9 @@ def shards(n: int, shard_frames: int) -> list[tuple[int, int]]:
 
 def unwritten_shards(group: Group, shard_frames: int) -> list[tuple[int, int]]:
     """Shards whose `frame_status` still has its fill value."""
-    status = np.asarray(
-        zarr.open_array(group.store(read_only=True), path=f"{group.path}/frame_status", mode="r")[:]
-    )
+    status = read_array(group, "frame_status")
+    if status is None:
+        raise StoreError(f"{group.name} has no frame_status; build it anew with overwrite")
     return [(a, b) for a, b in shards(len(status), shard_frames) if (status[a:b] == NOT_WRITTEN).any()]
 
 
@@ -381,12 +442,13 @@ def write_shard(
     StoreError
         If the store cannot be written.
     """
-    with store_errors(group):
-        store = group.store()
-        for name, block in (*variables.items(), ("frame_status", status)):
-            with zarr.config.set({"array.write_empty_chunks": True}):  # zarr 3.1 ignores `config` here
-                array = zarr.open_array(store, path=f"{group.path}/{name}", mode="r+")
-            _check_region(array, first, last, block, name)
+    store = group.store()
+    for name, block in (*variables.items(), ("frame_status", status)):
+        # zarr 3.1 ignores `config` of open_array
+        with store_errors(group), zarr.config.set({"array.write_empty_chunks": True}):
+            array = zarr.open_array(store, path=f"{group.path}/{name}", mode="r+")
+        _check_region(array, first, last, block, name)
+        with store_errors(group):
             try:
                 array[first:last] = block
             except (ValueError, RuntimeError):
@@ -415,17 +477,88 @@ def _check_region(array: Any, first: int, last: int, block: npt.NDArray[Any], na
         )
 
 
-def write_rows(group: Group, name: str, rows: list[dict[str, Any]]) -> None:
-    """Write rows of a report as JSON: the attribute `rows` of a child group."""
+_UNSEALED: Final = "0" * 64
+
+
+def write_sealed(group: Group, attributes: Mapping[str, Any]) -> None:
+    """Write a group of attributes alone, in one go, with the digest of its own bytes among them.
+
+    The attribute `digest` is the SHA-256 of the object `zarr.json` with zeros in its place.
+    """
+    content = {
+        "attributes": {**attributes, "digest": _UNSEALED},
+        "zarr_format": 3,
+        "node_type": "group",
+    }
+    text = json.dumps(content, allow_nan=False)
+    head, _, tail = text.rpartition(_UNSEALED)
+    text = head + hashlib.sha256(text.encode()).hexdigest() + tail
     with store_errors(group):
-        child = zarr.open_group(group.store(), path=group.child(name).path, mode="a", zarr_format=3)
-        child.attrs["rows"] = rows
+        value = default_buffer_prototype().buffer.from_bytes(text.encode())
+        sync(group.store().set(f"{group.path}/zarr.json", value))
+
+
+def seal_holds(content: bytes) -> bool:
+    """Whether the bytes of a `zarr.json` are those that :func:`write_sealed` wrote."""
+    found = re.search(rb'"digest": "([0-9a-f]{64})"}', content)
+    if found is None:
+        return False
+    blank = content[: found.start(1)] + _UNSEALED.encode() + content[found.end(1) :]
+    return hashlib.sha256(blank).hexdigest().encode() == found[1]
+
+
+def begin_report(group: Group) -> None:
+    """Make the child group `report`, empty: shards put their rows below it."""
+    if marker(group.child("report"), "digest") is None:
+        write_sealed(group.child("report"), {})
+
+
+def write_rows(group: Group, name: str, rows: list[dict[str, Any]], **more: Any) -> None:
+    """Write rows of a report as JSON: the attribute `rows` of a child group, sealed."""
+    write_sealed(group.child(name), {**more, "rows": rows})
 
 
 def read_rows(group: Group, name: str) -> list[dict[str, Any]]:
     """Read rows of a report; none if it is not there."""
     rows: list[dict[str, Any]] = marker(group.child(name), "rows") or []
     return rows
+
+
+def list_objects(group: Group) -> dict[str, int]:
+    """Names, relative to the group, and sizes of its objects, without unfinished files of killed writers."""
+    fs, root = filesystem(group.url, group.store_options)
+    with store_errors(group, "list"):
+        fs.invalidate_cache()
+        prefix = join(root, group.path).rstrip("/") + "/"
+        found = fs.find(prefix, detail=True)
+    return {
+        name: int(info["size"])
+        for path, info in sorted(found.items())
+        if not (name := str(path).removeprefix(prefix)).endswith(".partial")
+    }
+
+
+def read_objects(group: Group, names: list[str]) -> dict[str, bytes]:
+    """Read whole objects of a group."""
+    fs, root = filesystem(group.url, group.store_options)
+    prefix = join(root, group.path).rstrip("/") + "/"
+    with store_errors(group, "read"):
+        found: dict[str, bytes] = fs.cat([prefix + name for name in names]) if names else {}
+    return {path.removeprefix(prefix): content for path, content in found.items()}
+
+
+def sizes_and_digests(group: Group) -> dict[str, int | str]:
+    """List the objects of a group but its report's: the digest of metadata, the size of chunks."""
+    objects: dict[str, int | str] = {
+        name: size for name, size in list_objects(group).items() if not name.startswith("report/")
+    }
+    metadata = read_objects(group, [name for name in objects if name.rpartition("/")[2] == "zarr.json"])
+    return {**objects, **{name: digest_of(content) for name, content in metadata.items()}}
+
+
+def digest_of(content: bytes) -> str:
+    """Digest of an object in the list of a group's objects."""
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def groups(url: str, options: Options | None = None) -> list[CCD]:
@@ -436,17 +569,18 @@ def groups(url: str, options: Options | None = None) -> list[CCD]:
     StoreError
         If there is no store at `url`.
     """
-    store = open_store(url, options, read_only=True)
-    try:
-        root = zarr.open_group(store, mode="r")
-    except FileNotFoundError:
-        raise StoreError(f"{url} is not a Zarr store") from None
-    paths = [
-        f"{sector}/{camera}/{ccd}"
-        for sector, s in root.groups()
-        for camera, c in s.groups()
-        for ccd in c.group_keys()
-    ]
+    with store_errors(Group(url, ""), "read"):
+        store = open_store(url, options, read_only=True)
+        try:
+            root = zarr.open_group(store, mode="r")
+        except (FileNotFoundError, NotADirectoryError):
+            raise StoreError(f"{url} is not a Zarr store") from None
+        paths = [
+            f"{sector}/{camera}/{ccd}"
+            for sector, s in root.groups()
+            for camera, c in s.groups()
+            for ccd in c.group_keys()
+        ]
     found = []
     for path in paths:
         with contextlib.suppress(ValueError):

@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import xarray as xr
 
-from tessbkg.evaluation import MAX_GAP, frame_spacing, good_frames
+from tessbkg.evaluation import MAX_GAP, frame_spacing, good_frames, scene_error
+from tessbkg.geometry import angle_maps
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -299,9 +300,8 @@ def _turn(degrees: npt.NDArray[Any]) -> npt.NDArray[Any]:
 
 def _err(ds: xr.Dataset, bins: Bins) -> xr.Variable:
     """Errors of the means."""
-    common = np.float32(0)
-    if "scene_err" in ds and ds["scene_err"].dims == ("y", "x"):
-        common = np.square(ds["scene_err"].to_numpy())
+    scene = scene_error(ds)
+    common = np.float32(0) if scene is None else np.square(scene)
     return _blockwise(ds["scattered_light_err"].variable, bins, _combine, common)
 
 
@@ -361,7 +361,7 @@ def _maps(ds: xr.Dataset, body: str, bins: Bins) -> dict[str, xr.Variable]:
     vectors = _unit(bins, ds[direction].to_numpy())
     pixel = ds["pixel_direction"].to_numpy()
     if ds[names[0]].chunks is None:
-        maps = _angle_maps(vectors, pixel)
+        maps = angle_maps(vectors, pixel)
     else:
         da: Any = importlib.import_module("dask.array")
         both = da.map_blocks(
@@ -381,21 +381,7 @@ def _even(size: int) -> Iterator[int]:
 
 
 def _map_block(vectors: npt.NDArray[Any], pixel: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    return np.stack(_angle_maps(vectors[:, :, 0, 0], pixel), axis=1)
-
-
-def _angle_maps(vectors: npt.NDArray[Any], pixel: npt.NDArray[Any]) -> tuple[Any, Any]:
-    """Call `angle_maps`, wherever it lives."""
-    for module in ("tessbkg.geometry", "tessbkg.angles"):
-        try:
-            found = importlib.import_module(module)
-        except ModuleNotFoundError as error:
-            if error.name != module:
-                raise
-        else:
-            angle, azimuth = found.angle_maps(vectors, pixel)
-            return angle, azimuth
-    raise ModuleNotFoundError("tessbkg.geometry")
+    return np.stack(angle_maps(vectors[:, :, 0, 0], pixel), axis=1)
 
 
 def _blockwise(variable: xr.Variable, bins: Bins, kernel: Any, *more: Any) -> xr.Variable:

@@ -28,7 +28,7 @@ def touch(root: str, keys, data: bytes = b"") -> None:
     fs.pseudo_dirs.extend(sorted(folders - set(fs.pseudo_dirs)))
 
 
-def key_of(stamp: str, sector=1, camera=1, ccd=4, scid=120, kind="ffic") -> str:
+def key_of(stamp: str, *, sector=1, camera=1, ccd=4, scid=120, kind="ffic") -> str:
     folder = f"ffi/s{sector:04d}/{stamp[:4]}/{stamp[4:7]}/{camera}-{ccd}"
     return f"{folder}/tess{stamp}-s{sector:04d}-{camera}-{ccd}-{scid:04d}-s_{kind}.fits"
 
@@ -36,8 +36,10 @@ def key_of(stamp: str, sector=1, camera=1, ccd=4, scid=120, kind="ffic") -> str:
 # --- real names --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("sector", "names", "frames"), [(1, 1282, 1282), (2, 1543, 1245), (56, 11775, 11775)])
-def test_real_names(shared, sector, names, frames, monkeypatch):
+@pytest.mark.parametrize(
+    ("sector", "names", "frames"), [(1, 1282, 1282), (2, 1543, 1245), (56, 11775, 11775)]
+)
+def test_real_names(shared, monkeypatch, *, sector, names, frames):
     table = pd.read_parquet(shared / "catalogs" / f"tess-s{sector:04d}-spoc-ffi-catalog.parquet")
     keys = table[(table["camera"] == 1) & (table["ccd"] == 1)]["path"].tolist()
     assert len(keys) == names
@@ -45,13 +47,11 @@ def test_real_names(shared, sector, names, frames, monkeypatch):
     folders = {}
     for key in keys:
         for name in (key, key.replace("_ffic", "_ffir")):
-            path = f"{root.removeprefix('memory:/')}/{name}"
-            folders.setdefault(path.rpartition("/")[0], {})[path] = "file"
-    for folder in list(folders):
-        while folder.count("/") > 1:
-            parent = folder.rpartition("/")[0]
-            folders.setdefault(parent, {})[folder] = "directory"
-            folder = parent
+            path, kind = f"{root.removeprefix('memory:/')}/{name}", "file"
+            while path.count("/") > 1:
+                folder = path.rpartition("/")[0]
+                folders.setdefault(folder, {})[path] = kind
+                path, kind = folder, "directory"
     asked = []
 
     def ls(self, path, detail=True, **kwargs):
@@ -86,7 +86,9 @@ def test_stamps_are_the_start_of_the_exposure():
     assert np.abs(listed(root)["start"].to_numpy() - start).max() * 86400 < 2
     assert stamp_to_tjd([]).size == 0
     # 2018-07-25T19:29:42 UTC is 69.184 s less in UTC than in TDB
-    assert stamp_to_tjd(["2018206192942"])[0] == pytest.approx(2458325.3122916667 - 2457000 + 69.184 / 86400, abs=2e-8)
+    assert stamp_to_tjd(["2018206192942"])[0] == pytest.approx(
+        2458325.3122916667 - 2457000 + 69.184 / 86400, abs=2e-8
+    )
 
 
 # --- below a root ------------------------------------------------------------------------------------------
@@ -96,7 +98,10 @@ def test_one_ccd_of_many():
     root, _ = simulated(3)
     simulated(5, root=root, camera=2, ccd=1)
     simulated(2, root=root, sector=2)
-    assert list_ffis(sector=1, root=root).groupby(["camera", "ccd"]).size().to_dict() == {(1, 4): 3, (2, 1): 5}
+    assert list_ffis(sector=1, root=root).groupby(["camera", "ccd"]).size().to_dict() == {
+        (1, 4): 3,
+        (2, 1): 5,
+    }
     assert len(list_ffis(sector=[1, 2], camera=1, root=root)) == 5
     assert len(list_ffis(sector=1, camera=[1, 2], ccd=(1, 4), root=root)) == 8
     assert len(list_ffis(sector=np.int64(1), camera=2, ccd=1, root=root + "/")) == 5
@@ -163,7 +168,7 @@ def test_over_s3_anonymously(ministack, proxy):
     assert list(found["size"]) == [5, 5, 5]
     assert len(front.log) == len(front.listings()) == 1 + 1 + 3
     assert not any(exchange.request.signed for exchange in front.log)
-    front.fault = lambda request: Fault("status", 403)
+    front.fault = lambda _: Fault("status", 403)
     with pytest.raises(FFIReadError, match="access denied"):
         list_ffis(sector=1, root=f"{bucket}/tess/public", storage_options=front.options(anon=True))
 
@@ -200,7 +205,7 @@ def test_newer_processing_is_kept_by_its_header():
     root, truth = simulated(6, faults={1: "duplicate", 2: "duplicate", 5: "duplicate"})
     fs = fsspec.filesystem("memory")
     assert sum("_ffic" in name for name in fs.find(root)) == 9
-    assert listed(root)["ffi"].tolist() == truth["ffi"].values.tolist()
+    assert listed(root)["ffi"].tolist() == truth["ffi"].to_numpy().tolist()
 
 
 @pytest.fixture(scope="module")
@@ -237,7 +242,10 @@ def test_of_equals_the_earlier_stamp_is_kept(tmp_path, small):
 
 def test_three_of_one_exposure_and_neighbours():
     root = memory_root()
-    touch(root, [key_of(stamp) for stamp in ("2018206192942", "2018206192943", "2018206192944", "2018206195942")])
+    touch(
+        root,
+        [key_of(stamp) for stamp in ("2018206192942", "2018206192943", "2018206192944", "2018206195942")],
+    )
     touch(root, [key_of("2018206192943", ccd=3), key_of("2018206192942", camera=2)])
     assert [name[4:17] for name in listed(root)["ffi"]] == ["2018206192944", "2018206195942"]  # written last
     assert len(list_ffis(sector=1, root=root)) == 4  # other CCDs are other exposures

@@ -115,6 +115,17 @@ def test_errors_are_those_of_a_monte_carlo(method):
     assert np.allclose(half.scattered_light.std("time"), half.scattered_light_err[0], rtol=0.05)
 
 
+@pytest.mark.parametrize("lazy", [False, True])
+def test_the_error_of_the_scene_is_the_same_between_frames(lazy):
+    ds = dataset(10, lazy=lazy)
+    scene = np.full(ds.scattered_light.shape[1:], 0.3, "f4")
+    ds = ds.assign(scene_err=(("y", "x"), scene))
+    middle = ds.time[:2].to_numpy() + np.array([0, CADENCE / 2])
+    found = evaluate(ds, row=ds.row[5:6].to_numpy(), column=ds.column[5:6].to_numpy(), time=middle)
+    expected = [0.5, np.sqrt((0.5**2 - 0.3**2) / 2 + 0.3**2)]
+    assert np.allclose(found.scattered_light_err[:, 0], expected, rtol=1e-5)
+
+
 def test_shapes_broadcast_and_dataarrays_keep_their_names():
     ds = dataset()
     corner = np.array([[10, 60], [100, 150], [20, 70]])

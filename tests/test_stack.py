@@ -1,4 +1,4 @@
-"""Opening FFIs reads headers, indexing reads the frames that are asked for, and every pixel is the right one."""
+"""Opening FFIs reads headers, indexing reads the frames asked for, and every pixel is the right one."""
 
 from __future__ import annotations
 
@@ -42,7 +42,9 @@ def test_any_slice_gives_the_right_pixels(ffis, data):
         index = st.integers(-n, n - 1)
         step = st.sampled_from([None, 1, 2, 5, -1, -3])
         edge = st.none() | index
-        return data.draw(index | st.builds(slice, edge, edge, step) | st.lists(index, max_size=4, unique=True))
+        return data.draw(
+            index | st.builds(slice, edge, edge, step) | st.lists(index, max_size=4, unique=True)
+        )
 
     expected = np.stack([encoded(i) for i in range(N)])
     where = {"time": pick(N), "y": pick(SHAPE[0]), "x": pick(SHAPE[1])}
@@ -180,7 +182,15 @@ def test_frames_are_in_order_of_time(sky):
 def faulty():
     root, _ = simulated(
         9,
-        faults={0: "zero", 1: "nan", 2: "garbage", 3: "empty", 4: "no_wcs", 5: "wrong_camera", 6: "wrong_naxis"},
+        faults={
+            0: "zero",
+            1: "nan",
+            2: "garbage",
+            3: "empty",
+            4: "no_wcs",
+            5: "wrong_camera",
+            6: "wrong_naxis",
+        },
     )
     return root
 

@@ -193,7 +193,7 @@ def failing(times, error):
 
 def test_waits_grow_and_end(monkeypatch):
     monkeypatch.setattr(storage, "BACKOFF_SECONDS", 0.2)
-    monkeypatch.setattr(storage.random, "uniform", lambda low, high: high)
+    monkeypatch.setattr(storage.random, "uniform", lambda _, high: high)
     waits = []
     assert retry(failing(ATTEMPTS - 1, OSError("x")), "k", sleep=waits.append) == "done"
     assert waits == pytest.approx([0.2, 0.4, 0.8, 1.6, 3.2])
@@ -266,7 +266,7 @@ def test_lasting_faults_end_after_as_many_requests_as_attempts(hadro, public, pr
 
 @pytest.mark.parametrize(("status", "kind"), [(403, FFIReadError), (404, FFIMissingError)])
 @pytest.mark.parametrize("protocol", ["s3", "http"])
-def test_refusal_and_absence_are_asked_once(hadro, public, proxy, protocol, status, kind):
+def test_refusal_and_absence_are_asked_once(hadro, public, proxy, protocol, *, status, kind):
     front = proxy(hadro, first(Fault("status", status), 1000))
     if protocol == "s3":
         fs, path = s3(front), public
@@ -362,7 +362,7 @@ def test_many_ranges_keep_their_order_and_errors_their_place(hadro, public, prox
 
 def test_a_server_that_ignores_ranges_is_cut():
     class Whole:
-        def cat_file(self, path, start=None, end=None):
+        def cat_file(self, _path, **_):
             return DATA
 
     assert read_range(Whole(), "x", 300, 310) == DATA[300:310]
@@ -370,13 +370,13 @@ def test_a_server_that_ignores_ranges_is_cut():
 
 def test_listing_heals_and_says_when_it_is_refused(hadro, public, proxy):
     left = iter(range(2))
-    front = proxy(hadro, lambda request: Fault("status", 503) if next(left, None) is not None else None)
+    front = proxy(hadro, lambda _: Fault("status", 503) if next(left, None) is not None else None)
     fs = s3(front)
     folder = public.rpartition("/")[0]
     assert [info["name"] for info in storage.list_folder(fs, folder)] == [public[5:]]
     assert len(front.listings()) == 3
     assert storage.list_folder(fs, f"{folder}/nothing") == []
-    front.fault = lambda request: Fault("status", 403)
+    front.fault = lambda _: Fault("status", 403)
     with pytest.raises(FFIReadError, match="access denied"):
         storage.list_folder(fs, folder)
 

@@ -221,7 +221,9 @@ def test_other_fields_are_refused_by_name():
     group = Group.of(f"{memory_root()}/a.zarr", ONE, None)
     create_group(group, FIELDS)
     other = {**FIELDS, "bin": 8, "new": 1}
-    with pytest.raises(StoreMismatchError, match=r"bin: 16 there, 8 asked; new: None there, 1 asked") as caught:
+    with pytest.raises(
+        StoreMismatchError, match=r"bin: 16 there, 8 asked; new: None there, 1 asked"
+    ) as caught:
         create_group(group, other)
     assert "statistic" not in str(caught.value)
     create_group(group, other, overwrite=True)
@@ -355,7 +357,10 @@ def test_opened_chunks_are_shards_and_a_changed_copy_can_be_written(tmp_path):
     eager = open_background(group.url, sector=1, camera=1, ccd=4, chunks=None)
     assert eager["light"].chunks is None
     np.testing.assert_array_equal(eager["light"], values(20)[0])
-    assert open_background(group.url, sector=1, camera=1, ccd=4, chunks={"time": 5})["light"].chunks[0] == (5,) * 4
+    assert (
+        open_background(group.url, sector=1, camera=1, ccd=4, chunks={"time": 5})["light"].chunks[0]
+        == (5,) * 4
+    )
 
 
 def test_opening_what_is_not_there_names_what_is():

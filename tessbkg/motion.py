@@ -1,0 +1,269 @@
+"""How far the stars of a frame stand from where the scene has them, and what that adds to a frame.
+
+Over a sector stars move by some tenths of a pixel: pointing drift, jitter, roll, differential aberration.
+A frame shows the scene S moved by d = (dy, dx)::
+
+    S(p - d) = S - d . grad S + (dy^2 S_yy + 2 dy dx S_xy + dx^2 S_xx) / 2 + ...
+
+Slopes and curvatures are those of the cubic spline through the pixels. d is linear in row and column: six
+numbers a frame, fitted to the bright stars. What is static is prepared once.
+
+TESS undersamples its stars: the spline's terms are some 12 % off. Where dark frames that stand apart show
+better, :func:`refine_terms` corrects them pixel by pixel.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+from scipy import ndimage
+
+Floats = npt.NDArray[np.float32]
+
+TERMS: Final = 5
+"""Terms of the expansion above, of second order: -S_y, -S_x, S_yy / 2, S_xy, S_xx / 2."""
+
+TRACERS: Final = 20000
+"""Pixels that d is fitted to, at most."""
+
+CELL: Final = 16
+"""Tracers are the best pixels of cells of this side, so that they stand all over the CCD."""
+
+MIN_SIGNIFICANCE: Final = 20.0
+"""A tracer changes by this many sigmas of its noise when the stars move by one pixel, at least."""
+
+BRIGHT: Final = 2e4
+"""Pixels above this, electron s-1, and those within EDGE pixels, are no tracers: they saturate or bleed."""
+
+EDGE: Final = 8
+TRACER_ERROR: Final = 0.02
+"""The expansion is this far off at tracers, in pixels times gradient, beside the noise."""
+
+SHAPE_ERROR: Final = 0.05
+CUBIC_ERROR: Final = 0.4
+"""Error of the expansion as a share of its linear part: the first, and the second times the square of the
+distance (the third order that is left out); measured on simulated frames, stars of 2 pixels FWHM."""
+
+
+TERM_ERRORS: Final = np.array([0.12, 0.12, 0.1, 0.3, 0.1], dtype=np.float32)
+"""Errors of the spline's terms as a share of slope and curvature, on stars of 2 pixels FWHM."""
+
+
+@dataclass(frozen=True, eq=False)
+class Motion:
+    """Tracers of one scene; made by :func:`prepare_motion`.
+
+    Parameters
+    ----------
+    shape : tuple of (int, int)
+        Rows and columns of the scene.
+    pixel : (n,) int
+        Flat indices of the tracers; none if the scene has no stars.
+    flux : (n,) float32, electron s-1
+        The scene there.
+    terms : (5, n) float32
+        Terms of the expansion there.
+    """
+
+    shape: tuple[int, int]
+    pixel: npt.NDArray[np.intp]
+    flux: Floats
+    terms: Floats
+
+    def fit(self, flux: Floats, light: Floats, noise: tuple[float, float]) -> npt.NDArray[np.float64]:
+        """Fit the motion of a frame.
+
+        Parameters
+        ----------
+        flux : (rows, columns) float32, electron s-1
+        light : (n,) float32, electron s-1
+            Scattered light at the tracers; NaN where it is not known.
+        noise : (float, float)
+            a and b of the noise law.
+
+        Returns
+        -------
+        (6,) float64
+            dy = c0 + c1 y + c2 x and dx = c3 + c4 y + c5 x in pixels, y and x running from -1 to 1 over the
+            frame. Zero when there are too few tracers.
+        """
+        still = np.zeros(6)
+        if not self.pixel.size:
+            return still
+        seen = flux.reshape(-1)[self.pixel]
+        rest = seen - self.flux - light
+        good = np.isfinite(rest)
+        if good.sum() < 50:
+            return still
+        y, x = self.places(self.pixel)
+        gy, gx, yy, xy, xx = self.terms
+        base = np.stack([gy, gy * y, gy * x, gx, gx * y, gx * x])
+        seen = np.where(good, seen, 0)
+        variance = noise[0] * np.maximum(seen, 0) + noise[1] + TRACER_ERROR**2 * (gy**2 + gx**2)
+        weight = np.where(good, 1 / variance, 0).astype(np.float32)
+        rest = np.where(good, rest, 0)
+        sigma = np.sqrt(weight)
+        found, huber = still, np.float32(1)
+        for _ in range(4):
+            dy, dx = displacement(found.astype(np.float32), y, x)
+            target = rest - (dy * dy * yy + dy * dx * xy + dx * dx * xx)
+            weighted = base * (weight * huber)
+            found = np.linalg.lstsq(
+                (weighted @ base.T).astype(np.float64), (weighted @ target).astype(np.float64), rcond=1e-6
+            )[0]
+            off = np.abs(target - found.astype(np.float32) @ base) * sigma
+            typical = np.float32(3 * np.median(off[good]) + 1e-6)
+            huber = np.minimum(typical / np.maximum(off, typical), 1)
+        return np.asarray(found)
+
+    def places(self, pixel: npt.NDArray[np.intp]) -> tuple[Floats, Floats]:
+        """Give y and x of flat indices, from -1 to 1."""
+        row, column = np.divmod(pixel, self.shape[1])
+        return place(row, self.shape[0]), place(column, self.shape[1])
+
+
+def place(position: npt.NDArray[np.number[Any]], n: int) -> Floats:
+    """Scale pixel positions along an axis of `n` pixels to -1 to 1."""
+    return np.asarray(position * (2 / max(n - 1, 1)) - 1, dtype=np.float32)
+
+
+def displacement(motion: npt.NDArray[np.floating], y: Floats, x: Floats) -> tuple[Floats, Floats]:
+    """Give dy and dx of a motion at y and x, in pixels."""
+    return motion[0] + motion[1] * y + motion[2] * x, motion[3] + motion[4] * y + motion[5] * x
+
+
+def expand(motion: npt.NDArray[np.floating], terms: Floats, y: Floats, x: Floats) -> Floats:
+    """Compute what a motion adds to pixels or bins with `terms` (5, ...) at y and x, electron s-1."""
+    dy, dx = displacement(motion.astype(np.float32), y, x)
+    added: Floats = dy * terms[0] + dx * terms[1]
+    added += dy * (dy * terms[2] + dx * terms[3])
+    added += dx * dx * terms[4]
+    return added
+
+
+def expansion_error(distance: float) -> float:
+    """Error of the expansion for stars that moved by a distance, in pixels: times the slope of the scene."""
+    return float(distance * np.hypot(SHAPE_ERROR, CUBIC_ERROR * distance**2))
+
+
+def distance_of(motion: npt.NDArray[np.floating]) -> float:
+    """Root mean square distance, over the frame, that stars moved, in pixels."""
+    return float(np.sqrt(motion**2 @ np.array([1, 1 / 3, 1 / 3, 1, 1 / 3, 1 / 3])))
+
+
+def scene_terms(scene: Floats) -> Floats:
+    """Terms of the expansion of a scene.
+
+    Parameters
+    ----------
+    scene : (rows, columns) float32, electron s-1
+        NaN pixels are taken for the median.
+
+    Returns
+    -------
+    (5, rows, columns) float32
+        -S_y, -S_x, S_yy / 2, S_xy, S_xx / 2 in electron s-1 per pixel (squared). Slopes are held to 1.5
+        times the larger step to the two neighbours, lest the spline ring at saturated pixels.
+    """
+    terms = np.zeros((TERMS, *scene.shape), dtype=np.float32)
+    if min(scene.shape) < 6:
+        return terms
+    if not np.isfinite(scene).all():
+        scene = np.where(np.isfinite(scene), scene, np.nanmedian(scene))
+    terms[0], terms[2] = _slope(scene), _bend(scene)
+    terms[1], terms[4] = _slope(scene.T).T, _bend(scene.T).T
+    limit = 4 * np.maximum(np.abs(terms[2]), np.abs(terms[4]))
+    terms[3] = np.clip(_slope(terms[0].T).T, -limit, limit)
+    return terms
+
+
+def _slope(image: Floats) -> Floats:
+    """Minus the derivative along rows of the cubic spline."""
+    spline = ndimage.spline_filter1d(image, 3, axis=0, output=np.float32, mode="mirror")
+    limit = np.float32(1.5) * _step(image)
+    return np.asarray(np.clip(-np.gradient(spline, axis=0), -limit, limit))
+
+
+def _bend(image: Floats) -> Floats:
+    """Half the second derivative along rows of the quintic spline."""
+    spline = ndimage.spline_filter1d(image, 5, axis=0, output=np.float32, mode="mirror")
+    bend = np.zeros_like(image)
+    near, far = spline[1:-3] + spline[3:-1], spline[:-4] + spline[4:]
+    bend[2:-2] = near / 6 + far / 12 - spline[2:-2] / 2
+    limit = np.float32(1.5) * _step(image)
+    return np.asarray(np.clip(bend, -limit, limit))
+
+
+def _step(image: Floats) -> Floats:
+    """Larger of the steps to the two neighbours along rows."""
+    step = np.pad(np.abs(np.diff(image, axis=0)), [(1, 1), (0, 0)], mode="edge")
+    return np.asarray(np.maximum(step[1:], step[:-1]))
+
+
+def prepare_motion(scene: Floats, terms: Floats, noise: tuple[float, float]) -> Motion:
+    """Choose the tracers of a scene.
+
+    Parameters
+    ----------
+    scene : (rows, columns) float32, electron s-1
+    terms : (5, rows, columns) float32
+        From :func:`scene_terms`.
+    noise : (float, float)
+        a and b of the noise law.
+    """
+    rows, columns = scene.shape
+    far = np.zeros(scene.shape, dtype=bool)
+    if min(rows, columns) > 2 * EDGE:
+        far[EDGE:-EDGE, EDGE:-EDGE] = True
+    bright = ~(scene <= BRIGHT)  # NaN too
+    if bright.any():
+        far &= ~ndimage.binary_dilation(bright, np.ones((2 * EDGE + 1, 2 * EDGE + 1), dtype=bool))
+    with np.errstate(invalid="ignore"):
+        sigma = np.sqrt(noise[0] * np.maximum(scene, 0) + noise[1])
+        score = np.where(far, np.hypot(terms[0], terms[1]) / np.maximum(sigma, 1e-6), 0)
+    ny, nx = -(-rows // CELL), -(-columns // CELL)
+    padded = np.zeros((ny * CELL, nx * CELL), dtype=np.float32)
+    padded[:rows, :columns] = score
+    cells = padded.reshape(ny, CELL, nx, CELL).transpose(0, 2, 1, 3).reshape(ny * nx, CELL * CELL)
+    inside = np.argpartition(cells, -2, axis=1)[:, -2:]
+    j, i = np.divmod(np.arange(ny * nx)[:, None], nx)
+    row, column = (j * CELL + inside // CELL).ravel(), (i * CELL + inside % CELL).ravel()
+    best = np.argsort(-padded[row, column], kind="stable")[:TRACERS]
+    best = best[padded[row[best], column[best]] > MIN_SIGNIFICANCE]
+    pixel = np.sort(row[best] * columns + column[best])
+    return Motion((rows, columns), pixel, scene.reshape(-1)[pixel], terms.reshape(TERMS, -1)[:, pixel].copy())
+
+
+def refine_terms(residual: Floats, moved: Floats, terms: Floats, variance: Floats) -> None:
+    """Correct the terms of a part of a scene by what frames that stand apart show there, in place.
+
+    Ridge regression of each pixel's residuals on the motions; the prior are the spline's terms with errors of
+    TERM_ERRORS of the slope and curvature there.
+
+    Parameters
+    ----------
+    residual : (n, rows, columns) float32, electron s-1
+        Frames minus scene minus expansion; NaN is left out.
+    moved : (n, 2) float32
+        dy and dx of the frames in pixels, here.
+    terms : (5, rows, columns) float32
+        Changed.
+    variance : (rows, columns) float32
+        Noise of a frame.
+    """
+    size = np.maximum(np.abs(terms[2]) + np.abs(terms[4]), np.hypot(terms[0], terms[1])) + np.float32(1e-3)
+    rest = np.nan_to_num(residual, nan=0.0)
+    # Cosmic rays and the like do not tell of slopes.
+    limit = 5 * (np.sqrt(variance) + TERM_ERRORS[0] * size * np.hypot(*moved.T).max())
+    rest[np.abs(rest) > limit] = 0
+    dy, dx = moved.T
+    design = np.stack([dy, dx, dy * dy, dy * dx, dx * dx], axis=1) * TERM_ERRORS
+    u, s, v = np.linalg.svd(design.astype(np.float64), full_matrices=False)
+    along = (u.T.astype(np.float32) @ rest.reshape(len(rest), -1)).reshape(-1, *size.shape)
+    s = s.astype(np.float32)[:, None, None]
+    along *= s / (s * s + variance / size**2)
+    change = v.T.astype(np.float32) @ along.reshape(len(along), -1)
+    terms += TERM_ERRORS[:, None, None] * change.reshape(terms.shape)

@@ -1,0 +1,397 @@
+"""The mean light of whole bins: the kernel of the statistic `whole`.
+
+The mean is over all pixels of a bin; where a pixel is masked, light is interpolated linearly between the
+nearest pixels that are not, along its row and its column. So a bin's value is a weighted sum of pixels, in
+and just beyond the bin, whose weights never change: planes are reproduced exactly, an edge of the light that
+cuts a bin hardly matters, the error of the sum follows from the noise law, and what moved stars add to the
+sum is five static images of bins (:mod:`tessbkg.motion`). Only outliers, such as cosmic rays, need a look
+at pixels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+from scipy import sparse
+
+from tessbkg.motion import TERMS, Motion, displacement, distance_of, expand, expansion_error, place
+
+Floats = npt.NDArray[np.float32]
+Bools = npt.NDArray[np.bool_]
+
+SEGMENT: Final = 16
+"""Rows of the strips that are summed at once, where the size of bins allows it."""
+
+OUTLIER_SIGMA: Final = 6.0
+"""A pixel is an outlier when it stands out by this many sigmas, beyond slopes and moved stars."""
+
+RING_SIGMA: Final = 4.0
+"""and by this many above the highest of the 16 pixels around its neighbours: edges of the light do not."""
+
+ONE_SIDED: Final = 4.0
+"""A gap that is open at the edge of the image counts as this much wider."""
+
+_RING: Final = np.array([(r, c) for r in range(-2, 3) for c in range(-2, 3) if max(abs(r), abs(c)) == 2])
+
+
+@dataclass(frozen=True, eq=False)
+class Whole:
+    """What is static; made by :func:`prepare_whole`.
+
+    Parameters
+    ----------
+    size : int
+        Pixels along the side of a bin.
+    shape : tuple of (int, int)
+        Bins along rows and columns.
+    segment : int
+        Rows of a strip.
+    scene : (rows, columns) float32, electron s-1
+        0 where it is not known.
+    used : (rows, columns) bool
+        Pixels that are not masked, of whole bins only.
+    masked : list of int arrays
+        For every strip the flat indices of its masked pixels.
+    gain : (columns,) float32
+        What a pixel of each column is multiplied by: the inverse of its response.
+    n_used : (ny, nx) int
+    n_segment : (strips, columns) float32
+        Used pixels of each column of each strip.
+    variance : (strips, columns) float32
+        Largest variance of a used pixel without light.
+    slope : (strips, columns) float32
+        Largest slope of the scene at a used pixel, electron s-1 per pixel.
+    donors : (n,) int
+        Flat indices of the pixels that masked pixels are interpolated from.
+    weights : sparse (bins, n) float32
+        What each donor adds to a bin beside its share in the plain sum.
+    offset : (ny, nx) float32
+        `weights` applied to the scene.
+    terms : (5, ny, nx) float32
+        What moved stars add (:mod:`tessbkg.motion`).
+    blur : (ny, nx) float32
+        Weighted root sum of squares of the slopes of the scene: what a badly told motion does to a bin.
+    noise : (float, float)
+        a and b of the noise law.
+    ceiling : float
+        Pixels this far above the scene are saturated, electron s-1.
+    """
+
+    size: int
+    shape: tuple[int, int]
+    segment: int
+    scene: Floats
+    used: Bools
+    masked: list[npt.NDArray[np.intp]]
+    gain: Floats
+    n_used: npt.NDArray[np.intp]
+    n_segment: Floats
+    variance: Floats
+    slope: Floats
+    donors: npt.NDArray[np.intp]
+    weights: sparse.csr_array
+    offset: Floats
+    terms: Floats
+    blur: Floats
+    noise: tuple[float, float]
+    ceiling: float
+
+    @property
+    def reached(self) -> Bools:
+        """(ny, nx) bins whose value any pixel says something of."""
+        donated = np.diff(self.weights.indptr).reshape(self.shape) > 0
+        return np.asarray((self.n_used > 0) | donated)
+
+    def bins(self, pixel: npt.NDArray[np.intp]) -> npt.NDArray[np.intp]:
+        """Flat indices of the bins (the nearest ones) of flat indices of pixels."""
+        row, column = np.divmod(pixel, self.scene.shape[1])
+        ny, nx = self.shape
+        return np.asarray(np.minimum(row // self.size, ny - 1) * nx + np.minimum(column // self.size, nx - 1))
+
+    def columns(self, pixel: npt.NDArray[np.intp]) -> npt.NDArray[np.intp]:
+        """Columns of flat indices of pixels."""
+        return np.asarray(pixel % self.scene.shape[1])
+
+
+def prepare_whole(
+    scene: Floats,
+    used: Bools,
+    *,
+    size: int,
+    gain: Floats,
+    terms: Floats,
+    noise: tuple[float, float],
+    ceiling: float,
+) -> Whole:
+    """Prepare the kernel.
+
+    Parameters
+    ----------
+    scene : (rows, columns) float32, electron s-1
+    used : (rows, columns) bool
+    size : int
+    gain : (columns,) float32
+    terms : (5, rows, columns) float32
+        From :func:`tessbkg.motion.scene_terms`.
+    noise : (float, float)
+        a and b of the noise law.
+    ceiling : float
+        Pixels this far above the scene are saturated, electron s-1.
+    """
+    ny, nx = (n // size for n in scene.shape)
+    rows, columns = ny * size, nx * size
+    scene = np.where(np.isfinite(scene), scene, 0).astype(np.float32)
+    segment = _segment(size, rows)
+    used = used[:rows, :columns]
+    strips = used.reshape(-1, segment, columns)
+    variance = noise[0] * np.maximum(scene[:rows, :columns], 0) + noise[1]
+    slope = np.hypot(*terms[:2, :rows, :columns])
+    donors, weights = _interpolation(used, size, gain)
+    row, column = np.divmod(donors, columns)
+    plan = Whole(
+        size=size,
+        shape=(ny, nx),
+        segment=segment,
+        scene=scene,
+        used=used,
+        masked=[np.flatnonzero(~strip) for strip in strips],
+        gain=gain,
+        n_used=used.reshape(ny, size, nx, size).sum(axis=(1, 3)),
+        n_segment=strips.sum(axis=1).astype(np.float32),
+        variance=np.where(strips, variance.reshape(strips.shape), 0).max(axis=1),
+        slope=np.where(strips, slope.reshape(strips.shape), 0).max(axis=1),
+        donors=row * scene.shape[1] + column,
+        weights=weights,
+        offset=(weights @ scene[row, column]).reshape(ny, nx),
+        terms=np.empty((TERMS, ny, nx), dtype=np.float32),
+        blur=np.empty((ny, nx), dtype=np.float32),
+        noise=noise,
+        ceiling=ceiling,
+    )
+    for k in range(TERMS):
+        plan.terms[k] = weigh(plan, terms[k])
+    plan.blur[...] = np.sqrt(weigh(plan, terms[0] ** 2 + terms[1] ** 2, squared=True))
+    return plan
+
+
+def weigh(plan: Whole, image: Floats, *, squared: bool = False) -> Floats:
+    """Sum an image with the weights of every bin, or with their squares."""
+    ny, nx = plan.shape
+    size = plan.size
+    share = plan.gain[: nx * size] / np.float32(size * size)
+    weights = plan.weights
+    if squared:
+        entries = weights.tocoo()
+        own = plan.bins(plan.donors)[entries.col] == entries.row
+        inside = np.where(own, share[plan.columns(plan.donors)[entries.col]], 0)
+        data = entries.data * (entries.data + 2 * inside)
+        weights = sparse.csr_array((data, (entries.row, entries.col)), shape=entries.shape)
+        share = share**2
+    inner = image[: ny * size, : nx * size]
+    total = (
+        np.where(plan.used, inner * share, 0).reshape(ny, size, nx, size).sum(axis=(1, 3), dtype=np.float64)
+    )
+    total += (weights @ image.reshape(-1)[plan.donors]).reshape(ny, nx)
+    return np.asarray(total, dtype=np.float32)
+
+
+def _segment(size: int, rows: int) -> int:
+    """Rows of a strip: whole bins or a whole part of one, SEGMENT if possible."""
+    if size <= SEGMENT:
+        best = size * (SEGMENT // size)
+        return best if rows % best == 0 else size
+    return SEGMENT if size % SEGMENT == 0 else size
+
+
+def _interpolation(used: Bools, size: int, gain: Floats) -> tuple[npt.NDArray[np.intp], sparse.csr_array]:
+    """Donors, and the weights by which they stand in for the masked pixels of every bin."""
+    rows, columns = used.shape
+    ny, nx = rows // size, columns // size
+    masked = np.flatnonzero(~used)
+    sides = [*_nearest(used), *(np.asarray(side.T) for side in _nearest(used.T))]
+    row, column = np.divmod(masked, columns)
+    position = (column, column, row, row)
+    found = [side.reshape(-1)[masked] for side in sides]
+    gap = [
+        np.where(side >= 0, np.abs(side - here), 0).astype(np.float64)
+        for side, here in zip(found, position, strict=True)
+    ]
+    share, squares = [], []
+    for low, high in ((0, 1), (2, 3)):
+        both = (found[low] >= 0) & (found[high] >= 0)
+        width = gap[low] + gap[high]
+        with np.errstate(invalid="ignore", divide="ignore"):
+            share += [
+                np.where(both, gap[high] / width, found[low] >= 0),
+                np.where(both, gap[low] / width, found[high] >= 0),
+            ]
+            width = np.where(both, width, ONE_SIDED * width)
+            squares.append(np.where(width > 0, 1 / width**2, 0))
+    total = np.maximum(squares[0] + squares[1], 1e-30)
+    parts = []
+    for k in range(4):
+        pixel = row * columns + found[k] if k < 2 else found[k] * columns + column
+        weight = share[k] * squares[k // 2] / total
+        parts.append((pixel, weight))
+    keep = [weight > 0 for _, weight in parts]
+    pixel = np.concatenate([p[k] for (p, _), k in zip(parts, keep, strict=True)])
+    weight = np.concatenate([w[k] for (_, w), k in zip(parts, keep, strict=True)])
+    home = row // size * nx + column // size
+    target = np.concatenate([home[k] for k in keep])
+    donors, index = np.unique(pixel, return_inverse=True)
+    weights = sparse.csr_array(
+        ((weight * gain[pixel % columns] / size**2).astype(np.float32), (target, index.astype(np.int32))),
+        shape=(ny * nx, len(donors)),
+    )
+    weights.sum_duplicates()
+    return donors, weights
+
+
+def _nearest(used: Bools) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
+    """Find the columns of the nearest used pixels to the left and right of every pixel; -1 if none."""
+    n = used.shape[1]
+    column = np.arange(n, dtype=np.int32)
+    left = np.maximum.accumulate(np.where(used, column, -1), axis=1)
+    right = np.minimum.accumulate(np.where(used, column, n)[:, ::-1], axis=1)[:, ::-1]
+    return left, np.where(right == n, -1, right)
+
+
+def reduce_whole(
+    flux: Floats, plan: Whole, motion: Motion | None, *, plain: bool = False
+) -> tuple[Floats, Floats]:
+    """Reduce one frame.
+
+    Parameters
+    ----------
+    flux : (rows, columns) float32, electron s-1
+    plan : Whole
+    motion : Motion or None
+        Tracers of the scene; without, stars are taken to stand still.
+    plain : bool
+        Stop at the mean of the used pixels.
+
+    Returns
+    -------
+    value : (ny, nx) float32, electron s-1
+        NaN where no pixel says anything and where a used pixel is saturated.
+    error : (ny, nx) float32, electron s-1
+        What may be wrong with what moved stars add, which is taken off the value.
+    """
+    ny, nx = plan.shape
+    size = plan.size
+    sums, highest, lost = _sum_strips(flux, plan)
+    fold = (ny, -1, nx, size)
+    total = (sums * plan.gain[: nx * size]).reshape(fold).sum(axis=(1, 3))
+    number = plan.n_used.astype(np.float32)
+    if lost is not None:
+        number -= lost.reshape(fold).sum(axis=(1, 3))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        mean = np.where(number > 0, total / number, np.float32(np.nan))
+    if plain:
+        return mean, np.zeros_like(mean)
+    donated = flux.reshape(-1)[plan.donors]
+    if lost is not None:
+        _replace_lost(donated, mean, plan)
+    value = np.where(plan.n_used > 0, mean * (plan.n_used.astype(np.float32) / size**2), 0) - plan.offset
+    moved = np.zeros(6)
+    if motion is not None:
+        moved = motion.fit(flux, mean.reshape(-1)[plan.bins(motion.pixel)], plan.noise)
+    pixel, change = _outliers(flux, plan, sums, highest, moved)
+    if pixel.size:
+        gain = plan.gain[plan.columns(pixel)]
+        np.add.at(value.reshape(-1), plan.bins(pixel), change * gain / np.float32(size**2))
+        if plan.donors.size:
+            at = np.minimum(np.searchsorted(plan.donors, pixel), len(plan.donors) - 1)
+            hit = plan.donors[at] == pixel
+            donated[at[hit]] += change[hit]
+    value += (plan.weights @ donated).reshape(ny, nx)
+    rows, columns = flux.shape
+    y, x = (np.arange(n) * size + (size - 1) / 2 for n in plan.shape)
+    value -= expand(moved, plan.terms, place(y, rows)[:, None], place(x, columns))
+    value[~plan.reached] = np.nan
+    return value, np.float32(expansion_error(distance_of(moved))) * plan.blur
+
+
+def _sum_strips(flux: Floats, plan: Whole) -> tuple[Floats, Floats, Floats | None]:
+    """Give sums, highest pixels and, unless none is lost, numbers of lost pixels along columns.
+
+    Sums and numbers are of parts of strips that are no longer than a bin, highest pixels of whole strips.
+    """
+    segment, columns = plan.segment, plan.used.shape[1]
+    strip = np.empty((segment, columns), dtype=np.float32)
+    flat, parts = strip.reshape(-1), strip.reshape(-1, min(segment, plan.size), columns)
+    sums = np.empty((len(plan.masked), len(parts), columns), dtype=np.float32)
+    highest = np.empty((len(plan.masked), columns), dtype=np.float32)
+    lost = None
+    for j, masked in enumerate(plan.masked):
+        rows = slice(j * segment, (j + 1) * segment)
+        np.subtract(flux[rows, :columns], plan.scene[rows, :columns], out=strip)
+        flat[masked] = 0
+        np.maximum.reduce(strip, axis=0, out=highest[j])
+        if not highest[j].max() < plan.ceiling:
+            if lost is None:
+                lost = np.zeros_like(sums)
+            bad = np.isnan(strip)
+            lost[j] = bad.reshape(parts.shape).sum(axis=1)
+            strip[bad] = 0
+            np.maximum.reduce(strip, axis=0, out=highest[j])
+            strip[strip >= plan.ceiling] = np.nan
+        np.add.reduce(parts, axis=1, out=sums[j])
+    return sums, highest, lost
+
+
+def _replace_lost(donated: Floats, mean: Floats, plan: Whole) -> None:
+    """Put the mean of their bin in the place of donors that are NaN, and NaN where they are saturated."""
+    donated[donated - plan.scene.reshape(-1)[plan.donors] >= plan.ceiling] = np.inf
+    bad = np.flatnonzero(np.isnan(donated))
+    if bad.size:
+        pixel = plan.donors[bad]
+        light = mean.reshape(-1)[plan.bins(pixel)] / plan.gain[plan.columns(pixel)]
+        donated[bad] = plan.scene.reshape(-1)[pixel] + light
+    donated[np.isinf(donated)] = np.nan
+
+
+def _outliers(
+    flux: Floats, plan: Whole, sums: Floats, highest: Floats, moved: npt.NDArray[np.float64]
+) -> tuple[npt.NDArray[np.intp], Floats]:
+    """Flat indices of outliers and what is to be added to them to make them like the pixels around."""
+    segment, columns = plan.segment, plan.used.shape[1]
+    a, b = plan.noise
+    mean = (sums[:, 0] if sums.shape[1] == 1 else sums.sum(axis=1)) / np.maximum(plan.n_segment, 1)
+    above = highest - mean
+    reach = plan.variance + np.float32(a) * np.maximum(mean, 0)
+    np.sqrt(reach, out=reach)
+    reach *= np.float32(OUTLIER_SIGMA)
+    furthest = np.abs(displacement(moved, *np.meshgrid([-1.0, 1.0], [-1.0, 1.0]))).max(axis=(1, 2))
+    reach += np.float32(np.hypot(*furthest)) * plan.slope
+    step = np.abs(np.diff(mean, axis=0))
+    reach[1:] += step
+    reach[:-1] += step
+    j, column = np.nonzero((above > reach) & (plan.n_segment > 0))
+    nothing = np.empty(0, dtype=np.intp), np.empty(0, dtype=np.float32)
+    if not j.size:
+        return nothing
+    row = j[:, None] * segment + np.arange(segment)
+    across = np.broadcast_to(column[:, None], row.shape)
+    rest = np.where(plan.used[row, across], flux[row, across] - plan.scene[row, across], -np.inf)
+    level = (mean + reach)[j, column][:, None]
+    hit = (rest > level) & (rest < plan.ceiling)
+    row, column, rest = row[hit], across[hit], rest[hit]
+    if not row.size:
+        return nothing
+    r, c = row[:, None] + _RING[:, 0], column[:, None] + _RING[:, 1]
+    inside = (r >= 0) & (r < plan.used.shape[0]) & (c >= 0) & (c < columns)
+    r, c = np.where(inside, r, row[:, None]), np.where(inside, c, column[:, None])
+    around = flux[r, c] - plan.scene[r, c]
+    around[~(inside & plan.used[r, c] & np.isfinite(around))] = np.inf
+    around.sort(axis=1)
+    number = np.isfinite(around).sum(axis=1)
+    top = around[np.arange(len(row)), np.maximum(number - 1, 0)]
+    middle = around[np.arange(len(row)), number // 2 - (number > 0) * (number % 2 == 0)]
+    sigma = np.sqrt(a * np.maximum(flux[row, column], 0) + b)
+    isolated = (number >= 4) & (rest - top > RING_SIGMA * sigma)
+    pixel = row * plan.scene.shape[1] + column
+    return pixel[isolated], (middle - rest)[isolated].astype(np.float32)

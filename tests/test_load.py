@@ -1,0 +1,100 @@
+"""Many builds at once into one store, and builds killed and resumed for a long time."""
+
+import os
+import random
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import psutil
+import pytest
+from builds import REDUCTION, Build, assert_equal
+from frames import CCD1, simulated
+
+import tessbkg
+from tessbkg.check import check
+
+SOAK_MINUTES = float(os.environ.get("TESSBKG_SOAK", "20"))
+TINY = {"dark_frames": 2, "shard_frames": 2, "bin": 32}
+
+
+def many(ministack, tmp_path, sectors: int) -> float:
+    """Build all CCDs of some sectors at the same time into one store; return the seconds."""
+    ccds = [(s, c, k) for s in range(1, sectors + 1) for c in range(1, 5) for k in range(1, 5)]
+    for s, c, k in ccds:
+        simulated(3, shape=(64, 64), root=str(tmp_path / "src"), sector=s, camera=c, ccd=k, ffir=False)
+    store = f"{ministack.bucket()}/bkg.zarr"
+
+    def one(ccd):
+        s, c, k = ccd
+        return tessbkg.build(
+            store,
+            sector=s,
+            camera=c,
+            ccd=k,
+            root=str(tmp_path / "src"),
+            store_options=ministack.options(),
+            **TINY,
+        )
+
+    began = time.perf_counter()
+    with ThreadPoolExecutor(len(ccds)) as pool:
+        reports = list(pool.map(one, ccds))
+    seconds = time.perf_counter() - began
+    assert [sum(report.counts.values()) for report in reports] == [3] * len(ccds)
+    assert check(store, store_options=ministack.options()) == []
+    # any of them is what it is when built alone
+    for s, c, k in ccds[:: max(len(ccds) // 4, 1)]:
+        alone = {"sector": s, "camera": c, "ccd": k}
+        tessbkg.build(str(tmp_path / "alone.zarr"), **alone, root=str(tmp_path / "src"), **TINY)
+        light = [
+            tessbkg.open_background(url, **alone, store_options=options)["scattered_light"].to_numpy()
+            for url, options in ((store, ministack.options()), (str(tmp_path / "alone.zarr"), None))
+        ]
+        assert light[0].tobytes() == light[1].tobytes()
+    return seconds
+
+
+def test_sixteen_ccds_are_built_at_once_into_one_store(ministack, tmp_path):
+    many(ministack, tmp_path, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+def test_two_hundred_ccds_are_built_at_once_into_one_store(ministack, tmp_path, record_property):
+    seconds = many(ministack, tmp_path, 13)
+    record_property("seconds", seconds)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+def test_memory_and_open_files_stay_flat_while_builds_are_killed_and_resumed(tmp_path, record_property):
+    source, clean = str(tmp_path / "src"), str(tmp_path / "clean.zarr")
+    simulated(32, shape=(64, 64), root=source, faults={5: "empty"})
+    tessbkg.build(clean, **CCD1, root=source, **REDUCTION)
+    me, chance, seen = psutil.Process(), random.Random(5), []
+    log = Path(os.environ.get("TESSBKG_SOAK_LOG", tmp_path / "soak.csv"))
+    end = time.monotonic() + SOAK_MINUTES * 60
+    number = 0
+    while time.monotonic() < end:
+        store = tmp_path / f"{number}.zarr"
+        for _ in range(2):
+            build = Build(store, "--root", source, *chance.choice([(), (), ("--workers", "2")]))
+            time.sleep(chance.uniform(0.5, 3.0))
+            build.signal(chance.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGINT]))
+            build.end()
+        tessbkg.build(str(store), **CCD1, root=source, **REDUCTION)
+        assert_equal(str(store), clean)
+        if number % 10 == 0:
+            assert check(str(store), deep=True) == []
+        number += 1
+        seen.append((me.memory_info().rss / 1e6, me.num_fds()))
+        with log.open("a") as file:
+            file.write(f"{number},{seen[-1][0]:.1f},{seen[-1][1]},{len(me.children(recursive=True))}\n")
+    quarter = max(len(seen) // 4, 1)
+    memory = [max(m for m, _ in part) for part in (seen[quarter : 2 * quarter], seen[-quarter:])]
+    files = [max(f for _, f in part) for part in (seen[quarter : 2 * quarter], seen[-quarter:])]
+    record_property("soak", f"{number} rounds, {memory} MB, {files} files")
+    assert memory[1] < memory[0] + 40
+    assert files[1] <= files[0] + 2

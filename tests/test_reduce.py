@@ -1,0 +1,242 @@
+"""The kernels against slow obvious NumPy; whole bins; error bars; accuracy against simulated truth."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_scene import NOISE, frames_of
+
+from tessbkg import simulate
+from tessbkg.reduce import STATISTICS, median_variance, plan_reduction, reduce_frame
+from tessbkg.scene import make_scene
+
+
+def random_case(seed, shape, masked=0.15):
+    random = np.random.default_rng(seed)
+    flux = random.normal(10, 1, shape).astype(np.float32)
+    return flux, random.random(shape) < masked
+
+
+def slow(flux, mask, size, statistic):
+    ny, nx = (n // size for n in flux.shape)
+    image = np.where(mask, np.nan, flux)
+    if statistic == "rolling":
+        while image.shape[0] > ny:
+            padded = np.pad(image, 1, constant_values=np.nan)
+            windows = np.lib.stride_tricks.sliding_window_view(padded, (4, 4))[::2, ::2]
+            image = np.nanmedian(windows, axis=(2, 3))
+        return image
+    out = np.empty((ny, nx))
+    for j, i in np.ndindex(ny, nx):
+        pixels = image[j * size : (j + 1) * size, i * size : (i + 1) * size].ravel().astype(float)
+        pixels = np.sort(pixels[np.isfinite(pixels)])
+        if statistic == "median":
+            out[j, i] = np.median(pixels)
+        elif statistic == "mean":
+            out[j, i] = pixels.mean()
+        else:
+            last = len(pixels) - 1
+            sigma = (pixels[3 * last // 4] - pixels[last // 4]) / 1.349
+            out[j, i] = pixels[np.abs(pixels - np.median(pixels)) <= 3 * sigma].mean()
+    return out
+
+
+@pytest.mark.parametrize("size", [4, 8, 16])
+@pytest.mark.parametrize("statistic", ["median", "mean", "clipped", "rolling"])
+def test_kernels_equal_slow_numpy(statistic, size):
+    flux, mask = random_case(3, (64, 32))
+    scene = np.full_like(flux, 3)
+    plan = plan_reduction(scene, mask, bin=size, statistic=statistic)
+    value, error = reduce_frame(flux, plan)
+    np.testing.assert_allclose(value, slow(flux - 3, mask, size, statistic), rtol=2e-6, atol=2e-6)
+    assert value.dtype == error.dtype == np.float32
+    assert np.isnan(error).all()  # no noise law
+
+
+@settings(deadline=None, max_examples=30)
+@given(seed=st.integers(0, 1000), share=st.floats(0, 0.97), size=st.sampled_from([2, 4, 8]))
+def test_rolling_equals_nanmedian_whatever_is_missing(seed, share, size):
+    flux, mask = random_case(seed, (32, 16), share)
+    plan = plan_reduction(np.zeros_like(flux), np.zeros_like(mask), bin=size, statistic="rolling")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        expected = slow(flux, mask, size, "rolling")
+    np.testing.assert_allclose(reduce_frame(np.where(mask, np.nan, flux), plan)[0], expected, rtol=1e-6)
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    seed=st.integers(0, 1000),
+    size=st.sampled_from([1, 3, 4, 8, 16, 32]),
+    statistic=st.sampled_from(STATISTICS),
+)
+def test_masked_pixels_do_not_count(seed, size, statistic):
+    if statistic == "rolling" and size == 3:
+        size = 4
+    flux, mask = random_case(seed, (64, 48), 0.3)
+    plan = plan_reduction(np.zeros_like(flux), mask, bin=size, statistic=statistic, noise=NOISE)
+    wild = np.where(mask, np.float32(np.nan), flux)
+    first, second = reduce_frame(flux, plan), reduce_frame(wild, plan)
+    np.testing.assert_array_equal(first, second)
+    assert plan.n_pixels.sum() == (~mask[: 64 // size * size, : 48 // size * size]).sum()
+    assert np.isfinite(first[0]).all()
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    seed=st.integers(0, 1000),
+    size=st.sampled_from([2, 4, 8, 16, 32]),
+    slope=st.tuples(st.floats(-1, 1), st.floats(-1, 1)),
+)
+def test_whole_bins_show_planes_exactly(seed, size, slope):
+    _, mask = random_case(seed, (64, 64), 0.02)
+    mask[10:17, 20:31] = True  # a star
+    mask[[0, -1]] = mask[:, [0, -1]] = False  # every gap is closed
+    row, column = np.mgrid[:64, :64]
+    plane = (5 + slope[0] * row + slope[1] * column).astype(np.float32)
+    plan = plan_reduction(np.zeros_like(plane), mask, bin=size, noise=(1e-3, 1.0))
+    value, _ = reduce_frame(plane, plan)
+    expected = plane.reshape(64 // size, size, 64 // size, size).mean(axis=(1, 3))
+    np.testing.assert_allclose(value, expected, atol=1e-3)
+
+
+def test_whole_bins_follow_an_edge():
+    edge = np.zeros((64, 64), np.float32)
+    edge[:, 27:] = 100
+    _, mask = random_case(0, edge.shape, 0.03)
+    whole, median = (
+        reduce_frame(edge, plan_reduction(np.zeros_like(edge), mask, bin=16, statistic=s, noise=NOISE))[0][
+            :, 1
+        ]
+        for s in ("whole", "median")
+    )
+    assert np.abs(whole - 100 * 5 / 16).max() < 1
+    assert np.abs(median - 100 * 5 / 16).min() > 30
+
+
+def test_cosmic_rays_do_not_count_in_whole_bins_but_edges_do():
+    flux, mask = random_case(5, (128, 128), 0.02)
+    plan = plan_reduction(np.zeros_like(flux), mask, bin=16, noise=(0.0, 1.0))
+    clean = reduce_frame(flux, plan)[0]
+    hit = flux.copy()
+    for place in ((20, 20), (70, 99), (100, 3)):
+        mask_here = mask[place]
+        hit[place] += 0 if mask_here else 300
+    assert np.abs(reduce_frame(hit, plan)[0] - clean).max() < 0.02
+    hit[:, 64:] += 50
+    lit = reduce_frame(hit, plan)[0]
+    assert np.abs(lit[:, 4:] - clean[:, 4:] - 50).max() < 0.1
+
+
+@pytest.mark.parametrize("statistic", STATISTICS)
+def test_lost_pixels_of_one_frame(statistic):
+    flux, mask = random_case(6, (64, 64), 0.1)
+    plan = plan_reduction(np.zeros_like(flux), mask, bin=16, statistic=statistic, noise=(0.0, 1.0))
+    lost = flux.copy()
+    lost[:, :8] = np.nan
+    lost[32:48, 32:48] = np.nan
+    value, error = reduce_frame(lost, plan)
+    assert np.isnan(value[2, 2]) or statistic == "rolling"
+    assert (np.isnan(value) == np.isnan(error)).all()
+    if statistic != "sparse":
+        assert np.abs(value[:, 0] - 10).max() < 1
+    nothing = reduce_frame(np.full_like(flux, np.nan), plan)
+    assert np.isnan(nothing).all()
+
+
+def test_saturated_bins_have_no_value():
+    flux, mask = random_case(6, (64, 64), 0.1)
+    mask[20, 20] = False
+    flux[20, 20] = 1e5
+    value, _ = reduce_frame(flux, plan_reduction(np.zeros_like(flux), mask, bin=16, noise=NOISE))
+    assert np.isnan(value[1, 1])
+    assert np.isfinite(np.delete(value.ravel(), 5)).all()
+
+
+@pytest.mark.parametrize("statistic", ["whole", "median"])
+def test_empty_bins_are_filled_smoothly(statistic):
+    row, column = np.mgrid[:128, :128]
+    smooth = (20 + 3 * np.sin(row / 40) + 0.05 * column).astype(np.float32)
+    mask = np.zeros(smooth.shape, bool)
+    mask[32:64, 48:80] = True
+    plan = plan_reduction(np.zeros_like(smooth), mask, bin=16, statistic=statistic, noise=NOISE)
+    value, error = reduce_frame(smooth, plan)
+    expected = smooth.reshape(8, 16, 8, 16).mean(axis=(1, 3))
+    assert np.abs(value - expected).max() < 0.15
+    assert (plan.n_pixels[2:4, 3:5] == 0).all()
+    assert np.isfinite(error).all()
+    np.testing.assert_array_equal(value, reduce_frame(smooth, plan)[0])
+
+
+def test_variance_of_the_median_by_monte_carlo():
+    random = np.random.default_rng(0)
+    for n in (1, 2, 3, 4, 5, 8, 15, 64, 257):
+        spread = np.median(random.standard_normal((200_000 // n + 20_000, n)), axis=1).var()
+        assert median_variance(n) == pytest.approx(spread, rel=0.05)
+
+
+@pytest.mark.parametrize("size", [4, 8, 16, 32, 64])
+@pytest.mark.parametrize("statistic", STATISTICS)
+def test_error_bars_of_pure_noise(statistic, size):
+    if statistic == "rolling" and size == 64:
+        pytest.skip("64 bins are too few to tell")
+    random = np.random.default_rng(size)
+    shape = (512, 512)
+    flat = np.full(shape, 100, np.float32)
+    _, mask = random_case(1, shape, 0.1)
+    plan = plan_reduction(flat, mask, bin=size, statistic=statistic, noise=(1e-3, 0.02))
+    z = []
+    for light in (0, 300):
+        for _ in range(4):
+            level = 100 + light
+            flux = random.normal(level, np.sqrt(1e-3 * level + 0.02), shape).astype(np.float32)
+            value, error = reduce_frame(flux, plan)
+            z.append(((value - light) / error).ravel())
+            by_image = reduce_frame(flux, plan, np.full(shape, np.sqrt(1e-3 * level + 0.02), np.float32))[1]
+            assert np.median(by_image / error) == pytest.approx(1, abs=0.03)
+    z = np.concatenate(z)
+    assert z.std() == pytest.approx(1, abs=0.05 + 1.5 / np.sqrt(len(z)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "bars"),
+    [
+        # rms of quiet, independent frames at bins of 16 and 8 pixels
+        ("orbit", (0.042, 0.072)),
+        ("smooth", (0.042, 0.072)),
+        ("glint", (0.042, 0.072)),
+        ("few_dark", (0.042, 0.072)),
+    ],
+)
+def test_accuracy_on_simulated_frames(kind, bars):
+    sim = simulate.Simulation(frames=24, model=simulate.KINDS[kind])
+    dark = [1, 2, 13] if kind == "few_dark" else [0, 1, 2, 3, 13, 14, 15, 16]
+    scene = make_scene(frames_of(sim, dark), NOISE, bright=frames_of(sim, [11]))
+    check = [0, 16] if kind == "few_dark" else [5, 17]
+    frames = frames_of(sim, check)
+    for size, bar in zip((16, 8), bars, strict=True):
+        plans = {
+            name: plan_reduction(
+                scene.flux, scene.mask != 0, bin=size, statistic=name, scene_err=scene.error,
+                noise=scene.noise, terms=scene.terms, response=scene.response,
+            )
+            for name in ("whole", "median")
+        }  # fmt: skip
+        for i, frame in zip(check, frames, strict=True):
+            n = 2048 // size
+            truth = simulate.light(sim, i).reshape(n, size, n, size).mean(axis=(1, 3))
+            off, z = {}, {}
+            for name, plan in plans.items():
+                value, error = reduce_frame(frame, plan)
+                off[name] = value - truth
+                z[name] = off[name] / error
+            if kind != "few_dark":
+                assert off["whole"].std() < bar
+            assert off["whole"].std() < off["median"].std()
+            spread = 1.4826 * np.median(np.abs(z["whole"] - np.median(z["whole"])))
+            assert spread == pytest.approx(1, abs=0.1)
