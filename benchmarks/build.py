@@ -22,13 +22,12 @@ WORKERS = 2
 def raw_read(urls, ends, options):
     """Read the bytes that a build reads, with its client and concurrency, and drop them; return how many."""
     from tessbkg.jobs import READ_AHEAD
-    from tessbkg.storage import filesystem, source_options
+    from tessbkg.storage import filesystem, path_of, source_options
 
     fs, _ = filesystem(urls[0], source_options(urls[0], options))
     with ThreadPoolExecutor(READ_AHEAD) as pool:
         jobs = [
-            pool.submit(fs.cat_file, fs._strip_protocol(u), start=0, end=e)
-            for u, e in zip(urls, ends, strict=True)
+            pool.submit(fs.cat_file, path_of(fs, u), start=0, end=e) for u, e in zip(urls, ends, strict=True)
         ]
         return sum(len(job.result()) for job in jobs)
 
@@ -257,9 +256,9 @@ def summarise(figures, runs, n, nbytes, limit, old, default):
             "whole build, s",
         ),
         rows,
-        "Rates are of the reduction of the shards, their writing and the angles included; the whole build has "
-        "listing, survey, scene and template too. tess-backml has its frames in memory before its clock starts, "
-        "reads, scene and writing not counted. Servers share the cores with the workers.",
+        "Rates are of the reduction of the shards, their writing and the angles included; the whole build "
+        "has listing, survey, scene and template too. tess-backml has its frames in memory before its clock "
+        "starts; reads, scene and writing not counted. Servers share the cores with the workers.",
     )
     limits = []
     figures["of the limit"] = {}

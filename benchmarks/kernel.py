@@ -89,10 +89,10 @@ def contenders(flux, scene, size):
 
 def run(cache: Path, *, repeats: int, quick: bool):
     from tessbkg.dataset import Options
-    from tessbkg.ffi import decode, read_ffi, parse_header
+    from tessbkg.ffi import decode, parse_header, read_ffi
 
     root, _ = sky(cache, "orbit", 12 if quick else 24)
-    job, survey, scene = survey_and_scene(root, Options(dark_frames=8))
+    _, survey, scene = survey_and_scene(root, Options(dark_frames=8))
     url = str(survey["url"].iloc[int(survey["level"].argmax())])
     data = Path(url.removeprefix("file://")).read_bytes()
     header = parse_header(data, url)

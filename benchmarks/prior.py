@@ -16,6 +16,7 @@ import sys
 import time
 import types
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
@@ -28,8 +29,8 @@ class _HDU:
 class TESSCube:
     """As much of tesscube.TESSCube as tess-backml uses, over local files."""
 
-    paths: list = []
-    held: dict = {}
+    paths: ClassVar[list] = []
+    held: ClassVar[dict] = {}
 
     def __init__(self, sector, camera, ccd):
         self.sector, self.camera, self.ccd = sector, camera, ccd

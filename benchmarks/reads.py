@@ -31,7 +31,7 @@ CURRENT = next(iter(LAYOUTS))
 
 
 def make_store(cache: Path, frames: int) -> Path:
-    """Build a store of `frames` real-format frames whose light is smooth light plus the noise of bins of 16."""
+    """Build a store of `frames` real-format frames; its light is smooth, with the noise of bins of 16."""
     import zarr
 
     import tessbkg
@@ -179,7 +179,7 @@ def run(cache: Path, *, repeats: int, quick: bool, servers_wanted):
             for title, names, base in (
                 (
                     f"Reading a store of {frames:,} x 128 x 128 from {place}",
-                    ("bare zarr", *[a for a in ("open_background, chunks=None", "open_background, dask")]),
+                    ("bare zarr", "open_background, chunks=None", "open_background, dask"),
                     "bare zarr",
                 ),
                 (f"Layouts of the same cube, {place}", tuple(layouts), CURRENT),

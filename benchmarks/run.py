@@ -5,8 +5,8 @@
     python benchmarks/run.py --sections kernel,scale --repeats 9
 
 Needs `pip install tessbkg[test] bottleneck photutils scikit-image`, no network but for the first run of the
-section `build` and `accuracy`, which install tess-backml into an environment of its own (`--prior-python` names one
-that is there).
+sections `build` and `accuracy`, which install tess-backml into an environment of its own (`--prior-python`
+names one that is there). Figures mean something on a machine that does nothing else.
 """
 
 from __future__ import annotations

@@ -29,6 +29,7 @@ from tessbkg.storage import (
     has_magic,
     join,
     list_folder,
+    path_of,
     read_ranges,
     source_options,
 )
@@ -257,7 +258,7 @@ def _drop_duplicates(frames: pd.DataFrame, options: Options | None) -> pd.DataFr
 def _releases(urls: list[str], options: Options | None) -> list[tuple[int, str]]:
     """DATA_REL and DATE of each file's primary header; (-1, "") where it cannot be read."""
     fs, _ = filesystem(urls[0], source_options(urls[0], options))
-    answers = read_ranges(fs, [(fs._strip_protocol(url), 0, BLOCK) for url in urls])  # noqa: SLF001
+    answers = read_ranges(fs, [(path_of(fs, url), 0, BLOCK) for url in urls])
     releases = []
     for url, answer in zip(urls, answers, strict=True):
         try:

@@ -224,7 +224,7 @@ def make_scene(
     flux, error, terms = _combine_moving(frames, noise)
     mask = make_mask(flux, options, first_column=first_column)
     response = np.ones(flux.shape[1], dtype=np.float32)
-    if bright is not None and not options.straps:
+    if bright is not None and len(bright) and not options.straps:
         straps = _strap_columns(flux.shape[1], first_column, options.strap_dilation)
         steep = np.hypot(terms[0], terms[1]) > STRAP_SLOPE
         response = strap_response(bright, flux, steep | (mask != 0), straps)

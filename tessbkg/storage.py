@@ -187,6 +187,11 @@ class _Tally(threading.local):
 tally: Final = _Tally()
 
 
+def path_of(fs: Any, url: str) -> str:
+    """Strip the protocol off a URL: its path in a filesystem."""
+    return str(fs._strip_protocol(url))  # noqa: SLF001 (the only way that fsspec has)
+
+
 def join(root: str, *parts: str) -> str:
     """Join URL parts with single slashes."""
     return "/".join([root.rstrip("/"), *(part.strip("/") for part in parts)])
@@ -371,7 +376,7 @@ def list_folder(fs: Any, path: str) -> list[dict[str, Any]]:
     except FFIMissingError:
         return []
     found = list(entries)
-    folder = str(fs._strip_protocol(path))
+    folder = path_of(fs, path)
     for entry in found:
         check_below(folder, str(entry["name"]))
     return found

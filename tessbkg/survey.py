@@ -26,7 +26,7 @@ from tessbkg.ffi import (
     header_of,
     read_on,
 )
-from tessbkg.storage import Options, filesystem, read_ranges, source_options
+from tessbkg.storage import Options, filesystem, path_of, read_ranges, source_options
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ def survey_frames(
 
 
 def _survey_batch(fs: Any, frames: pd.DataFrame, *, bands: bool) -> list[dict[str, Any]]:
-    paths = [fs._strip_protocol(url) for url in frames["url"]]  # noqa: SLF001 (the only way fsspec has)
+    paths = [path_of(fs, url) for url in frames["url"]]
     ccds = [CCD(*(int(n) for n in identity)) for identity in frames[["sector", "camera", "ccd"]].to_numpy()]
     answers = read_ranges(fs, [(path, 0, HEADER_BYTES) for path in paths])
     rows: list[dict[str, Any]] = []

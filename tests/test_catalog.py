@@ -28,7 +28,7 @@ def touch(root: str, keys, data: bytes = b"") -> None:
     fs.pseudo_dirs.extend(sorted(folders - set(fs.pseudo_dirs)))
 
 
-def key_of(stamp: str, sector=1, camera=1, ccd=4, scid=120, kind="ffic") -> str:
+def key_of(stamp: str, *, sector=1, camera=1, ccd=4, scid=120, kind="ffic") -> str:
     folder = f"ffi/s{sector:04d}/{stamp[:4]}/{stamp[4:7]}/{camera}-{ccd}"
     return f"{folder}/tess{stamp}-s{sector:04d}-{camera}-{ccd}-{scid:04d}-s_{kind}.fits"
 

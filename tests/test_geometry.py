@@ -11,6 +11,8 @@ import xarray as xr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tessbkg.ephemeris import Ephemeris, lines_of_sight, read_tessvectors, tess_position
+from tessbkg.errors import EphemerisRangeError
 from tessbkg.geometry import (
     ATTRS,
     MAP_BITS,
@@ -25,8 +27,6 @@ from tessbkg.geometry import (
     point,
     round_bits,
 )
-from tessbkg.ephemeris import Ephemeris, lines_of_sight, read_tessvectors, tess_position
-from tessbkg.errors import EphemerisRangeError
 
 DATA = Path(__file__).parent / "data"
 CCDS = [(camera, ccd) for camera in (1, 2, 3, 4) for ccd in (1, 2, 3, 4)]

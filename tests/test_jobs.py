@@ -208,6 +208,7 @@ def test_golden_template(sky, reference):
         "moon_azimuth": cube,
         "frame_status": ("uint8", (N,), (8,), None, ["time"]),
         "n_pixels": ("uint16", (ny, nx), (ny, nx), None, ["y", "x"]),
+        "scene_err": ("float32", (ny, nx), (ny, nx), None, ["y", "x"]),
         "filled": ("uint8", (ny, nx), (ny, nx), None, ["y", "x"]),
         "time": ("float64", *flat[1:]),
         "btjd": ("float64", *flat[1:]),
@@ -286,7 +287,7 @@ def test_full_frames_cost_one_get_each():
         report = build(store, root=root, dark_frames=1, angles=False, **CCD1)
     good = report.counts["good"]
     whole = [nbytes for _, start, _, nbytes in log if start == 0 and nbytes > 1e6]
-    assert len(whole) <= good + 1 + 4  # the dark frame, and those the noise law is fitted to
+    assert len(whole) <= good + 1 + 4 + 4  # dark and bright frames, and those the noise law is fitted to
     assert all(nbytes <= SCIENCE_END for nbytes in whole)
     assert report.nbytes <= good * SCIENCE_END
 

@@ -68,7 +68,7 @@ def test_a_signal_ends_a_build_within_seconds(source, tmp_path, number, how):
 
 
 def test_a_stalled_read_does_not_hold_the_end(source, tmp_path, proxy):
-    server, clean = source
+    server, _ = source
     stalled = proxy(
         server, lambda request: Fault("stall", seconds=50) if "range" in request.headers else None
     )
