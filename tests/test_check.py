@@ -237,3 +237,19 @@ def test_the_report_tells_status_bytes_and_retries(made):
     assert (report["nbytes"][report["status"] == 0] > 0).all()
     assert (report["retries"] == 0).all()
     assert report["scatter"].dtype == float
+
+
+@pytest.mark.parametrize("shard", [0, 1])
+def test_a_damaged_shard_is_mended_by_building_it_again(made, copy, shard):
+    group = copy / "s0001/cam1/ccd4"
+    flipped(group / f"scattered_light/c/{shard}/0/0", 77)
+    assert check(str(copy)) != []
+    (group / f"frame_status/c/{shard}").unlink()
+    report = tessbkg.build(str(copy), **CCD1, root=str(made / "src"), dark_frames=3, shard_frames=8, bin=32)
+    assert report.shards_done == 1
+    assert check(str(copy), deep=True, sample=FRAMES) == []
+    for name in ("scattered_light", "frame_status"):
+        ours, clean = (
+            zarr.open_array(str(s), path=f"s0001/cam1/ccd4/{name}")[:] for s in (copy, made / "s.zarr")
+        )
+        assert ours.tobytes() == clean.tobytes()
