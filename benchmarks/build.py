@@ -21,8 +21,8 @@ WORKERS = 2
 
 def raw_read(urls, ends, options):
     """Read the bytes that a build reads, with its client and concurrency, and drop them; return how many."""
-    from tessbkg.jobs import READ_AHEAD
     from tessbkg.storage import filesystem, path_of, source_options
+    from tessbkg.tasks import READ_AHEAD
 
     fs, _ = filesystem(urls[0], source_options(urls[0], options))
     with ThreadPoolExecutor(READ_AHEAD) as pool:

@@ -53,14 +53,16 @@ def survey_and_scene(root: Path, options):
     import tempfile
 
     from tessbkg import jobs
+    from tessbkg import plan as planning
+    from tessbkg import tasks as work
     from tessbkg.store import create_group, read_child
 
     with tempfile.TemporaryDirectory(prefix="tessbkg-bench-") as folder:
-        plan = jobs.plan_build(f"{folder}/s.zarr", root=str(root), options=options, **CCD1)
+        plan = planning.plan_build(f"{folder}/s.zarr", root=str(root), options=options, **CCD1)
         create_group(plan.job.group, plan.fields)
         survey = jobs._survey_step(plan, None, lambda *_: None)
-        jobs.make_scene_group(plan.job)
-        scene = jobs.scene_of_dataset(read_child(plan.job.group, "scene"))
+        work.make_scene_group(plan.job)
+        scene = work.scene_of_dataset(read_child(plan.job.group, "scene"))
     return plan.job, survey, scene
 
 

@@ -42,14 +42,15 @@ def linked(root: Path, frames, n):
 
 def graph_bytes(plan):
     """Pickle the arguments of every task that a cluster would get."""
-    from tessbkg import jobs
+    from tessbkg import plan as planning
+    from tessbkg import tasks as work
 
     calls = [
-        (jobs.survey_part, (plan.job, plan.frames.iloc[part]))
-        for part in jobs._survey_parts(len(plan.frames))
+        (work.survey_part, (plan.job, plan.frames.iloc[part]))
+        for part in planning.survey_parts(len(plan.frames))
     ]
-    calls.append((jobs.make_scene_group, (plan.job,)))
-    calls += [(jobs.reduce_shard, (plan.job, first, last)) for first, last in plan.missing]
+    calls.append((work.make_scene_group, (plan.job,)))
+    calls += [(work.reduce_shard, (plan.job, first, last)) for first, last in plan.missing]
     return sum(len(pickle.dumps(call)) for call in calls), len(calls)
 
 
@@ -57,18 +58,20 @@ def graph_bytes(plan):
 _MEMORY = """
 import json, resource, sys
 from tessbkg import jobs
+from tessbkg import plan as planning
+from tessbkg import tasks as work
 from tessbkg.store import create_group, write_template
 step, root, store = sys.argv[1:]
-plan = jobs.plan_build(store, root=root, sector=1, camera=1, ccd=4, dark_frames=16)
+plan = planning.plan_build(store, root=root, sector=1, camera=1, ccd=4, dark_frames=16)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 if step == "prepare":
     create_group(plan.job.group, plan.fields)
     survey = jobs._survey_step(plan, None, lambda *_: None)
-    jobs.make_scene_group(plan.job)
-    write_template(plan.job.group, jobs.make_template(plan.job, survey), plan.job.shard_frames)
+    work.make_scene_group(plan.job)
+    write_template(plan.job.group, work.make_template(plan.job, survey), plan.job.shard_frames)
 else:
     for first, last in plan.missing:
-        jobs.reduce_shard(plan.job, first, last)
+        work.reduce_shard(plan.job, first, last)
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 print(json.dumps([before * 1024, peak * 1024]))
 """
@@ -171,6 +174,8 @@ def study_table(frame_cpu, **study):
 
 def run(cache: Path, *, repeats: int, quick: bool):
     from tessbkg import jobs
+    from tessbkg import plan as planning
+    from tessbkg import tasks as work
     from tessbkg.dataset import Options, plan_of
     from tessbkg.ffi import SCIENCE_END, decode, parse_header
     from tessbkg.reduce import reduce_frame
@@ -184,9 +189,9 @@ def run(cache: Path, *, repeats: int, quick: bool):
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="tessbkg-bench-", dir=cache))
         urls = [f"s3://stpubdata/tess/public/{key}" for key in names(SECTOR_FRAMES)]
         seconds = measure(
-            {"plan": lambda: jobs.plan_build(f"{folder}/plan.zarr", files=urls)}, repeats=max(3, repeats)
+            {"plan": lambda: planning.plan_build(f"{folder}/plan.zarr", files=urls)}, repeats=max(3, repeats)
         )["plan"]
-        plan = jobs.plan_build(f"{folder}/plan.zarr", files=urls)
+        plan = planning.plan_build(f"{folder}/plan.zarr", files=urls)
         nbytes, tasks = graph_bytes(plan)
         figures["plan"] = {"seconds": median(seconds), "tasks": tasks, "graph bytes": nbytes}
         row(f"plan_build of {SECTOR_FRAMES:,} frames", f"{median(seconds):.2f} s", "2 s", median(seconds) < 2)
@@ -258,7 +263,7 @@ def run(cache: Path, *, repeats: int, quick: bool):
             walls[1] / walls[2] >= 1.7,
         )
 
-    figures["survey share of bytes"] = jobs.SURVEY_SHARE
+    figures["survey share of bytes"] = planning.SURVEY_SHARE
     url = files[len(files) // 2]
     data = url.read_bytes()
     header = parse_header(data, str(url))
@@ -276,7 +281,7 @@ def run(cache: Path, *, repeats: int, quick: bool):
     study = {name.replace(", kernel only", ""): seconds + read for name, seconds in cpu.items()}
     tables = [
         table("Scale", ("", "measured", "bar", "met"), rows),
-        study_table(study, frame_bytes=SCIENCE_END, survey_share=jobs.SURVEY_SHARE),
+        study_table(study, frame_bytes=SCIENCE_END, survey_share=planning.SURVEY_SHARE),
     ]
     figures["sector on 50 workers"] = [list(r) for r in sector_study(frame_cpu=study)[0]]
     return figures, tables

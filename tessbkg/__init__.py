@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from tessbkg.exports import export
     from tessbkg.ffi import FrameStatus, read_ffi
     from tessbkg.geometry import angles, boresight_angles
-    from tessbkg.jobs import build, plan_build, read_report
+    from tessbkg.jobs import build, read_report
+    from tessbkg.plan import plan_build
     from tessbkg.scene import MaskOptions
     from tessbkg.stack import open_ffis
     from tessbkg.store import open_background
@@ -45,7 +46,7 @@ _MODULE_OF = {
     "list_ffis": "catalog",
     "open_background": "store",
     "open_ffis": "stack",
-    "plan_build": "jobs",
+    "plan_build": "plan",
     "read_ffi": "ffi",
     "read_report": "jobs",
     "scattered_light": "dataset",

@@ -26,7 +26,6 @@ from tessbkg.ccd import CCD
 from tessbkg.dataset import Options
 from tessbkg.errors import StoreError, TessbkgError
 from tessbkg.ffi import FrameStatus
-from tessbkg.jobs import Job, prepared, reduce_frames
 from tessbkg.scene import MaskOptions
 from tessbkg.storage import Options as StorageOptions
 from tessbkg.storage import check_options, freeze
@@ -43,6 +42,7 @@ from tessbkg.store import (
     shards,
     store_errors,
 )
+from tessbkg.tasks import Job, prepared, reduce_frames
 
 logger = logging.getLogger(__name__)
 

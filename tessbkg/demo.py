@@ -11,10 +11,10 @@ import xarray as xr
 import tessbkg
 from tessbkg.ccd import CCD
 from tessbkg.ffi import FrameStatus
-from tessbkg.jobs import scene_of_dataset
 from tessbkg.plot import animate, plot_reduction
 from tessbkg.simulate import BLOCK
 from tessbkg.store import Group, read_child, read_rows
+from tessbkg.tasks import scene_of_dataset
 
 
 def residual(ds: xr.Dataset, truth: xr.Dataset) -> xr.DataArray:

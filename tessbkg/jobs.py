@@ -6,70 +6,35 @@ the shard and then its `frame_status`. What is done stays done; running the job 
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import json
-import logging
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
-import xarray as xr
 
-from tessbkg.catalog import ROOT, list_ffis, single_ccd
-from tessbkg.ccd import CCD, FIRST_SCIENCE_COLUMN, SCIENCE_SHAPE
+from tessbkg.catalog import ROOT
+from tessbkg.ccd import CCD
 from tessbkg.dataset import (
     SHARD_FRAMES,
     Options,
-    add_sky,
-    choose_bright_frames,
-    choose_noise_frames,
-    describe,
-    expected_noise,
-    noise_of,
-    plan_of,
-    reduce_or_blank,
-    static_variables,
 )
-from tessbkg.errors import ClusterError, FFIFormatError, FFIReadError, StoreError, TessbkgError
-from tessbkg.ffi import FFI, SCIENCE_END, FFIHeader, FrameStatus, error_status, read_ffi_from
-from tessbkg.geometry import ATTRS, angle_maps
-from tessbkg.reduce import Plan
-from tessbkg.scene import Mask, Scene, make_scene
+from tessbkg.errors import ClusterError, FFIReadError, StoreError, TessbkgError
+from tessbkg.ffi import FrameStatus
 from tessbkg.stack import (
     OnError,
-    bin_coordinates,
-    check_on_error,
-    frame_coordinates,
-    pixel_coordinates,
-    reference_wcs,
-)
-from tessbkg.storage import (
-    FrozenOptions,
-    check_options,
-    check_url,
-    filesystem,
-    freeze,
-    path_of,
-    source_options,
-    tally,
-    thaw,
 )
 from tessbkg.storage import Options as StorageOptions
 from tessbkg.store import (
     Group,
     begin_report,
-    check_fields,
     create_group,
     dataset_to_table,
-    empty_variable,
     marker,
     read_array,
     read_child,
@@ -82,41 +47,19 @@ from tessbkg.store import (
     unwritten_shards,
     write_child,
     write_rows,
-    write_shard,
     write_template,
 )
-from tessbkg.survey import choose_dark, finish_survey, reject, survey_frames
-from tessbkg.validate import doubts, scatter
+from tessbkg.survey import finish_survey, reject
+from tessbkg.validate import doubts
 
 if TYPE_CHECKING:
     from distributed import Client
 
-logger = logging.getLogger(__name__)
-
-READ_AHEAD: Final = 3
-"""Frames on their way while one is reduced. Of 1 to 6, three were the fastest on two S3 servers."""
-
-SURVEY_TASKS: Final = 8
-SURVEY_FRAMES: Final = 256
-"""The survey of a CCD is cut into this many tasks at most, of this many frames at least."""
+from tessbkg.plan import BuildPlan, plan_build, survey_parts
+from tessbkg.tasks import Job, make_scene_group, make_template, reduce_shard, rows_of, survey_part
 
 RETRIES: Final = 2
 """Times that a cluster tries a task again whose worker died or whose store failed."""
-
-MAPS: Final = ("earth_angle", "earth_azimuth", "moon_angle", "moon_azimuth")
-"""Variables on (time, y, x) beside the light."""
-
-FILE_BYTES: Final = 35_547_840
-"""Size of an FFI with headers of the usual length."""
-
-SURVEY_SHARE: Final = 0.025
-"""Share of a frame's science bytes that the survey reads: the header and three bands of 16 rows."""
-
-NOISE_FRAMES: Final = 4
-"""Frames read with their uncertainties to fit the noise law."""
-
-SCENE_BYTES: Final = 60_000_000
-"""Scene, error and mask, and what is prepared of them."""
 
 WORKER_ENVIRONMENT: Final = {
     "MALLOC_TRIM_THRESHOLD_": 2 << 30,
@@ -127,103 +70,10 @@ WORKER_ENVIRONMENT: Final = {
 """Settings of glibc for a worker: keep freed frame-sized buffers, and where every thread finds them. With one
 arena for each thread a worker took 900 MB instead of 600."""
 
+COLUMNS: Final = ("ffi", "status", "reason", "seconds", "nbytes", "retries", "scatter")
+"""What a report says of a frame."""
+
 Progress = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True)
-class Job:
-    """What every task of one CCD's build needs to know: small, plain, the same for all.
-
-    Parameters
-    ----------
-    ccd : CCD
-    group : Group
-        Where the result goes.
-    options : Options
-        What the reduction does.
-    source : FrozenOptions
-        fsspec options of the source.
-    on_error : {"flag", "raise"}
-    shard_frames : int
-    """
-
-    ccd: CCD
-    group: Group
-    options: Options
-    source: FrozenOptions
-    on_error: OnError
-    shard_frames: int
-
-
-@dataclass(frozen=True, eq=False)
-class BuildPlan:
-    """A build that has not begun: what there is to do, and what is done already.
-
-    Parameters
-    ----------
-    job : Job
-    frames : pandas.DataFrame
-        Frames in order of time, as :func:`tessbkg.list_ffis` gives them.
-    fields : dict
-        What the group is made of; a group made of something else is not touched.
-    missing : list of (int, int)
-        First and last (exclusive) frame of every shard that is to be done.
-    steps : tuple of str
-        Steps before the shards that are to be done: survey, scene, template.
-    """
-
-    job: Job
-    frames: pd.DataFrame
-    fields: dict[str, Any]
-    missing: list[tuple[int, int]]
-    steps: tuple[str, ...]
-
-    @property
-    def tasks(self) -> int:
-        """Tasks that a cluster gets."""
-        survey = len(_survey_parts(len(self.frames))) if "survey" in self.steps else 0
-        return survey + ("scene" in self.steps) + len(self.missing)
-
-    @property
-    def frames_to_read(self) -> int:
-        """Frames of the shards that are to be done."""
-        return sum(last - first for first, last in self.missing)
-
-    @property
-    def bytes_to_read(self) -> int:
-        """Bytes over the wire, as far as the listing tells."""
-        sizes = self.frames["size"].to_numpy()
-        full = np.median(sizes[sizes > 0]) if (sizes > 0).any() else FILE_BYTES
-        science = SCIENCE_END * full / FILE_BYTES
-        passes = 2.0 if self.job.options.errors == "uncert" else 1.0
-        total = self.frames_to_read * science * passes
-        if "survey" in self.steps:
-            total += len(self.frames) * SURVEY_SHARE * science
-        if "scene" in self.steps:
-            total += (self.job.options.dark_frames + 2 * NOISE_FRAMES) * science
-        return int(total)
-
-    def explain(self) -> str:
-        """Say in a few lines what the build will do."""
-        options, job, n = self.job.options, self.job, len(self.frames)
-        total = shards(n, job.shard_frames)
-        begin, end = self.frames["start"].iloc[[0, -1]]
-        bins = (SCIENCE_SHAPE[0] // options.bin) ** 2
-        memory = (READ_AHEAD + 2) * SCIENCE_END + SCENE_BYTES + 2 * job.shard_frames * bins * 4
-        lines = [
-            f"{job.ccd} -> {job.group.name}",
-            f"frames        {n:,} from TJD {begin:.3f} to {end:.3f}, {(end - begin):.1f} days",
-            f"over the wire {self.bytes_to_read / 1e9:,.2f} GB",
-            f"reduction     bin {options.bin}, {options.statistic}, errors by {options.errors}, "
-            f"scene of {options.dark_frames} dark frames",
-            f"result        {n} x {SCIENCE_SHAPE[0] // options.bin} x {SCIENCE_SHAPE[1] // options.bin}, "
-            f"{2 * n * bins * 4 / 1e6:,.0f} MB before compression",
-            f"tasks         {self.tasks} of up to {job.shard_frames} frames, "
-            f"about {memory / 1e6:,.0f} MB of memory each",
-            f"done already  {len(total) - len(self.missing)} of {len(total)} shards"
-            + (f"; to do first: {', '.join(self.steps)}" if self.steps else ""),
-        ]
-        return "\n".join(lines)
 
 
 @dataclass(frozen=True, eq=False)
@@ -286,112 +136,6 @@ class Report:
         lines += [f"note: {note}" for note in self.notes]
         lines.append(f"store: {self.store}")
         return "\n".join(lines)
-
-
-def plan_build(
-    store: str,
-    *,
-    sector: int | None = None,
-    camera: int | None = None,
-    ccd: int | None = None,
-    files: str | Iterable[str] | pd.DataFrame | None = None,
-    root: str = ROOT,
-    frames: slice | None = None,
-    options: Options | None = None,
-    shard_frames: int = SHARD_FRAMES,
-    on_error: OnError = "flag",
-    storage_options: StorageOptions | None = None,
-    store_options: StorageOptions | None = None,
-    overwrite: bool = False,
-    **reduction: Any,
-) -> BuildPlan:
-    """Plan the build of one CCD: list its frames and see what the store has.
-
-    Reads no header and no pixel. The arguments are those of :func:`build`.
-
-    Returns
-    -------
-    BuildPlan
-        ``plan.explain()`` says it in words.
-
-    Raises
-    ------
-    CatalogError
-        If no frames are found.
-    StoreMismatchError
-        If the store has this CCD made with other parameters.
-    ValueError
-        If an argument is wrong.
-
-    Examples
-    --------
-    >>> import tessbkg.simulate
-    >>> _ = tessbkg.simulate.simulate("memory://plan", frames=3, shape=(64, 64))
-    >>> plan_build("memory://plan.zarr", sector=1, camera=1, ccd=4, root="memory://plan").tasks
-    3
-    """
-    check_on_error(on_error)
-    check_url(str(store), "store")
-    if isinstance(shard_frames, bool) or not isinstance(shard_frames, int) or not 1 <= shard_frames <= 4096:
-        raise ValueError(f"shard_frames={shard_frames!r} is out of range: allowed are 1 to 4096")
-    options = _options(options, reduction)
-    source = check_options(storage_options)
-    check_options(store_options, "store_options")
-    if isinstance(files, pd.DataFrame):
-        table = files
-    else:
-        table = list_ffis(files, sector=sector, camera=camera, ccd=ccd, root=root, storage_options=source)
-    identity = single_ccd(table)
-    if frames is not None:
-        total = len(table)
-        table = table.iloc[frames].reset_index(drop=True)
-        if table.empty:
-            raise ValueError(f"frames={_slice_text(frames)} selects none of {total} frames")
-    group = Group.of(store, identity, store_options)
-    job = Job(identity, group, options, freeze(source), on_error, shard_frames)
-    fields = {
-        "sector": identity.sector,
-        "camera": identity.camera,
-        "ccd": identity.ccd,
-        **options.as_dict(),
-        "shard_frames": shard_frames,
-        "frames": len(table),
-        "frames_digest": hashlib.sha256("\n".join(table["ffi"]).encode()).hexdigest()[:16],
-    }
-    missing = shards(len(table), shard_frames)
-    steps: tuple[str, ...] = ("survey", "scene", "template")
-    found = None if overwrite else read_fields(group)
-    if found is not None:
-        check_fields(group, found, fields)
-        steps = tuple(
-            step
-            for step, done in (
-                ("survey", marker(group.child("survey"), "complete")),
-                ("scene", marker(group.child("scene"), "complete")),
-                ("template", found.get("template")),
-            )
-            if not done
-        )
-        if not steps:
-            missing = unwritten_shards(group, shard_frames)
-    return BuildPlan(job, table, fields, missing, steps)
-
-
-def _slice_text(frames: slice) -> str:
-    return ":".join("" if part is None else str(part) for part in (frames.start, frames.stop, frames.step))
-
-
-def _options(options: Options | None, reduction: dict[str, Any]) -> Options:
-    """Options given whole or one by one."""
-    if options is None:
-        unknown = sorted(set(reduction) - set(Options.__dataclass_fields__))
-        if unknown:
-            allowed = ", ".join(Options.__dataclass_fields__)
-            raise ValueError(f"unknown option {unknown[0]!r}: allowed are {allowed}")
-        return Options(**reduction)
-    if reduction:
-        raise ValueError(f"options and {sorted(reduction)[0]!r} are both given: put it into options")
-    return options
 
 
 def build(
@@ -558,7 +302,7 @@ def _report(
 def _shard_rows(group: Group, frames: int, shard_frames: int) -> list[dict[str, Any]]:
     """Collect the rows that the shards left; those of a shard that is not written are not there."""
     with ThreadPoolExecutor(16) as pool:
-        parts = pool.map(lambda part: read_rows(group, _rows_of(part[0])), shards(frames, shard_frames))
+        parts = pool.map(lambda part: read_rows(group, rows_of(part[0])), shards(frames, shard_frames))
         return [row for part in parts for row in part]
 
 
@@ -605,10 +349,6 @@ def read_report(
     return _table_of(rows)
 
 
-COLUMNS: Final = ("ffi", "status", "reason", "seconds", "nbytes", "retries", "scatter")
-"""What a report says of a frame."""
-
-
 def _table_of(rows: list[dict[str, Any]]) -> pd.DataFrame:
     """Turn rows of a report into a table."""
     return pd.DataFrame(rows, columns=list(COLUMNS)).astype({"scatter": np.float64})
@@ -621,11 +361,6 @@ def _notes(group: Group) -> tuple[str, ...]:
         (f"the store has no angles ({angles.removeprefix('none: ')})",) if angles.startswith("none") else ()
     )
     return (*without, *(marker(group, "warnings") or ()))
-
-
-def _rows_of(first: int) -> str:
-    """Name of the child group with the report of the shard that begins with frame `first`."""
-    return f"report/{first:06d}"
 
 
 def spread(parts: list[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -686,21 +421,13 @@ def _key(function: Callable[..., Any], i: int, arguments: tuple[Any, ...]) -> st
     return f"{function.__name__}-{job.ccd.group.replace('/', '-')}-{i:04d}-{time.time_ns():x}"
 
 
-# --- survey, scene, template ---------------------------------------------------------------------------
-
-
-def _survey_parts(n: int) -> list[slice]:
-    size = max(SURVEY_FRAMES, -(-n // SURVEY_TASKS))
-    return [slice(first, first + size) for first in range(0, n, size)]
-
-
 def _survey_step(plan: BuildPlan, client: Client | None, tell: Progress) -> pd.DataFrame:
     """Take the survey from the store, or make it."""
     job = plan.job
     stored = read_child(job.group, "survey")
     if stored is not None:
         return dataset_to_table(stored)
-    parts = _survey_parts(len(plan.frames))
+    parts = survey_parts(len(plan.frames))
     pieces = _run(
         client,
         [(survey_part, (job, plan.frames.iloc[part])) for part in parts],
@@ -712,302 +439,6 @@ def _survey_step(plan: BuildPlan, client: Client | None, tell: Progress) -> pd.D
         raise FFIReadError(broken.iloc[0]["url"], broken.iloc[0]["reason"])
     write_child(job.group, "survey", table_to_dataset(survey))
     return survey
-
-
-def survey_part(job: Job, frames: pd.DataFrame) -> pd.DataFrame:
-    """Survey some frames: a task."""
-    return survey_frames(frames, storage_options=thaw(job.source))
-
-
-def make_scene_group(job: Job) -> None:
-    """Make the scene of a CCD and write it into the group, unless it is there: a task."""
-    if marker(job.group.child("scene"), "complete"):
-        return
-    survey = read_survey(job)
-    dark = choose_dark(survey, job.options.dark_frames)
-    noise_frames = choose_noise_frames(survey, dark)
-    noise = _fit_noise(job, survey.iloc[noise_frames])
-    stack = np.empty((len(dark), *survey.loc[dark[0], ["rows", "columns"]].astype(int)), dtype=np.float32)
-    kept: list[str] = []
-    for i, frame, _ in read_ahead(job, survey.iloc[dark], ahead=2):
-        if isinstance(frame, FFI) and np.any(frame.flux > 0):
-            stack[len(kept)] = frame.flux
-            kept.append(str(survey["ffi"].iloc[dark[i]]))
-    if not kept:
-        raise FFIReadError(str(survey["url"].iloc[dark[0]]), "none of the dark frames could be read")
-    chosen = survey.iloc[choose_bright_frames(survey, dark)]
-    bright = (
-        []
-        if chosen.empty
-        else [frame.flux for _, frame, _ in read_ahead(job, chosen, ahead=2) if isinstance(frame, FFI)]
-    )
-    scene = make_scene(
-        stack[: len(kept)],
-        noise or expected_noise(float(survey["exposure"].median())),
-        bright=np.stack(bright) if bright else None,
-        options=job.options.mask,
-        first_column=int(survey["first_column"].max()) - FIRST_SCIENCE_COLUMN,
-        dark_frames=tuple(kept),
-    )
-    write_child(job.group, "scene", scene_to_dataset(scene))
-
-
-def _fit_noise(job: Job, survey: pd.DataFrame) -> tuple[float, float] | None:
-    """Fit the noise law to a sample of the pixels of some frames."""
-    sample = [
-        (frame.flux[::7, ::7].copy(), frame.flux_err[::7, ::7].copy())
-        for _, frame, _ in read_ahead(job, survey, errors=True, ahead=1)
-        if isinstance(frame, FFI) and frame.flux_err is not None
-    ]
-    return noise_of(*(np.stack(images) for images in zip(*sample, strict=True))) if sample else None
-
-
-def scene_to_dataset(scene: Scene) -> xr.Dataset:
-    """Put a scene into variables."""
-    dims = ("row", "column")
-    dataset = xr.Dataset(
-        {
-            "flux": (dims, scene.flux, {"units": "electron s-1", "long_name": "static scene"}),
-            "flux_err": (
-                dims,
-                scene.error,
-                {"units": "electron s-1", "long_name": "one-sigma error of flux"},
-            ),
-            "mask": (
-                dims,
-                scene.mask,
-                {
-                    "long_name": "why a pixel is masked",
-                    "flag_masks": np.array([bit.value for bit in Mask], dtype="u1"),
-                    "flag_meanings": " ".join(str(bit.name).lower() for bit in Mask),
-                },
-            ),
-        },
-        attrs={"noise": list(scene.noise), "dark_frames": list(scene.dark_frames)},
-    )
-    if scene.terms is not None:
-        what = "what a pixel gains when stars move along rows, columns; second-order terms yy, yx, xx"
-        dataset["terms"] = (("term", *dims), scene.terms, {"units": "electron s-1", "long_name": what})
-    if scene.response is not None:
-        what = "response of a column to light"
-        dataset["response"] = ("column", scene.response, {"units": "1", "long_name": what})
-    return dataset
-
-
-def scene_of_dataset(dataset: xr.Dataset) -> Scene:
-    """Take a scene out of variables."""
-    a, b = dataset.attrs["noise"]
-    return Scene(
-        dataset["flux"].to_numpy(),
-        dataset["flux_err"].to_numpy(),
-        dataset["mask"].to_numpy(),
-        (float(a), float(b)),
-        tuple(dataset.attrs["dark_frames"]),
-        dataset["terms"].to_numpy() if "terms" in dataset else None,
-        dataset["response"].to_numpy() if "response" in dataset else None,
-    )
-
-
-def read_survey(job: Job) -> pd.DataFrame:
-    """Survey of a CCD as the store has it.
-
-    Raises
-    ------
-    StoreError
-        If it is not there.
-    """
-    stored = read_child(job.group, "survey")
-    if stored is None:
-        raise StoreError(f"{job.group.name} has no survey")
-    return dataset_to_table(stored)
-
-
-def make_template(job: Job, survey: pd.DataFrame) -> xr.Dataset:
-    """Make the Dataset of a CCD without the values that shards bring."""
-    stored = read_child(job.group, "scene")
-    if stored is None:
-        raise StoreError(f"{job.group.name} has no scene")
-    scene = scene_of_dataset(stored)
-    plan = plan_of(scene, job.options)
-    along_time = frame_coordinates(survey)
-    status = along_time.pop("frame_status")
-    del along_time["url"]  # the place of the source is its owner's; the survey has it for checks
-    shape = (len(survey), *plan.shape)
-    empty = empty_variable(shape, "f4", np.nan)
-    template = xr.Dataset(
-        {
-            "scattered_light": (("time", "y", "x"), empty),
-            "scattered_light_err": (("time", "y", "x"), empty),
-            "frame_status": ("time", empty_variable(shape[:1], "u1", FrameStatus.NOT_WRITTEN), status.attrs),
-            **static_variables(plan),
-        },
-        coords={
-            **along_time,
-            **bin_coordinates(pixel_coordinates(survey, scene.flux.shape), job.options.bin),
-        },
-        attrs={
-            **asdict(job.ccd),
-            "wcs": reference_wcs(survey, thaw(job.source)),
-        },
-    )
-    template = add_sky(describe(template, job.options, scene.dark_frames), job.options, maps=False)
-    if "earth_direction" in template:
-        template["xyz"] = template["xyz"].astype(object)  # Zarr v3 has no type for text of fixed length
-        for name in MAPS:
-            template[name] = (("time", "y", "x"), empty, ATTRS[name])
-    return template
-
-
-# --- shards ----------------------------------------------------------------------------------------------
-
-
-@functools.lru_cache(maxsize=2)
-def prepared(job: Job) -> tuple[pd.DataFrame, Plan]:
-    """Survey and plan of a CCD, read once a process."""
-    stored = read_child(job.group, "scene")
-    if stored is None:
-        raise StoreError(f"{job.group.name} has no scene")
-    return read_survey(job), plan_of(scene_of_dataset(stored), job.options)
-
-
-def reduce_shard(job: Job, first: int, last: int) -> None:
-    """Reduce the frames of one shard and write them: a task."""
-    survey, plan = prepared(job)
-    part = survey.iloc[first:last]
-    both, rows = reduce_frames(job, part, plan)
-    write_rows(job.group, _rows_of(first), rows)
-    status = np.array([row["status"] for row in rows], dtype=np.uint8)
-    variables = {"scattered_light": both[0], "scattered_light_err": both[1], **_maps(job, first, last)}
-    write_shard(job.group, first, last, variables, status)
-    logger.info("%s: frames %d to %d written", job.group.name, first, last - 1)
-
-
-def _maps(job: Job, first: int, last: int) -> dict[str, npt.NDArray[np.float32]]:
-    """Angle maps of the frames of one shard, from the directions that the template holds."""
-    maps: dict[str, npt.NDArray[np.float32]] = {}
-    pixel = read_array(job.group, "pixel_direction")
-    for body in ("earth", "moon"):
-        direction = read_array(job.group, f"{body}_direction", slice(first, last))
-        if pixel is None or direction is None:
-            return {}
-        maps[f"{body}_angle"], maps[f"{body}_azimuth"] = angle_maps(direction, pixel)
-    return maps
-
-
-def reduce_frames(
-    job: Job, survey: pd.DataFrame, plan: Plan
-) -> tuple[np.ndarray[Any, np.dtype[np.float32]], list[dict[str, Any]]]:
-    """Read and reduce frames, one after the other.
-
-    Returns
-    -------
-    both : (2, time, ny, nx) float32
-        Values and errors; NaN where a frame is not good.
-    rows : list of dict
-        The report: see :func:`read_report`.
-    """
-    both = np.full((2, len(survey), *plan.shape), np.nan, dtype=np.float32)
-    rows = []
-    before = time.perf_counter()
-    for i, frame, retries in read_ahead(job, survey, errors=job.options.errors == "uncert"):
-        status, reason, nbytes = FrameStatus(int(survey["status"].iloc[i])), str(survey["reason"].iloc[i]), 0
-        if isinstance(frame, FFIReadError):
-            status, reason = error_status(frame), frame.reason
-        elif frame is not None:
-            status, both[:, i] = reduce_or_blank(frame.flux, plan, frame.flux_err)
-            reason = "nothing but zero and NaN" if status is FrameStatus.BLANK else ""
-            nbytes = frame.nbytes
-        now = time.perf_counter()
-        rows.append(
-            {
-                "ffi": str(survey["ffi"].iloc[i]),
-                "status": int(status),
-                "reason": reason,
-                "seconds": round(now - before, 4),
-                "nbytes": nbytes,
-                "retries": retries,
-                "scatter": scatter(*both[:, i]) if status is FrameStatus.GOOD else None,
-            }
-        )
-        before = now
-    return both, rows
-
-
-_SURVEYED: Final = {"time": "time", "barycorr": "BARYCORR", "cadence": "FFIINDEX", "quality": "DQUALITY"}
-"""What must be the same in both passes, and its name for people."""
-
-
-def check_surveyed(header: FFIHeader, row: Mapping[str, Any], key: str) -> None:
-    """Refuse a file whose header is not the one that the survey saw: it was replaced meanwhile.
-
-    Raises
-    ------
-    FFIFormatError
-    """
-    for name, keyword in _SURVEYED.items():
-        if getattr(header, name) != row[name]:
-            raise FFIFormatError(
-                key, f"changed since the survey: {keyword} {getattr(header, name)}, was {row[name]}"
-            )
-    place = (*header.science_shape, header.region[0], header.region[2])
-    seen = (row["rows"], row["columns"], row["first_row"], row["first_column"])
-    if place != seen:
-        raise FFIFormatError(
-            key,
-            f"changed since the survey: {place[0]} x {place[1]} science pixels, were {seen[0]} x {seen[1]}",
-        )
-
-
-def read_ahead(
-    job: Job, survey: pd.DataFrame, *, errors: bool = False, ahead: int = READ_AHEAD
-) -> Iterator[tuple[int, FFI | FFIReadError | None, int]]:
-    """Read frames in order, a few ahead; None for those whose status is not good.
-
-    A frame on its way takes 35 MB, twice that with errors: bytes and pixels. The scene, which holds all dark
-    frames, has fewer on their way.
-
-    Yields
-    ------
-    i : int
-    frame : FFI, FFIReadError or None
-    retries : int
-        Failed reads that were tried again.
-
-    Raises
-    ------
-    FFIReadError
-        If a frame cannot be read and the job is to raise.
-    """
-    table: list[Any] = survey.to_dict("records")
-    good = [row["status"] == FrameStatus.GOOD for row in table]
-    fs, _ = filesystem(table[0]["url"], source_options(table[0]["url"], thaw(job.source)))
-
-    def read(row: Mapping[str, Any]) -> tuple[FFI | FFIReadError, int]:
-        before = tally.retries
-        try:
-            path = path_of(fs, row["url"])
-            frame = read_ffi_from(fs, path, errors=errors, end=row["end"], ccd=job.ccd)
-            check_surveyed(frame.header, row, row["url"])
-        except FFIReadError as error:
-            return error, tally.retries - before
-        return frame, tally.retries - before
-
-    pool = ThreadPoolExecutor(ahead)
-    pending: dict[int, Future[tuple[FFI | FFIReadError, int]]] = {}
-    waiting = iter([i for i in range(len(table)) if good[i]])
-    try:
-        for i in range(len(table)):
-            while len(pending) < ahead and (nxt := next(waiting, None)) is not None:
-                pending[nxt] = pool.submit(read, table[nxt])
-            frame, retries = pending.pop(i).result() if i in pending else (None, 0)
-            if job.on_error == "raise" and isinstance(frame, FFIReadError):
-                raise frame
-            yield i, frame, retries
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)  # a stalled read must not hold who stops
-
-
-# --- clusters ----------------------------------------------------------------------------------------------
 
 
 @contextmanager

@@ -16,10 +16,10 @@ import xarray as xr
 from tessbkg.ccd import CCD
 from tessbkg.errors import StoreError
 from tessbkg.ffi import FrameStatus
-from tessbkg.jobs import scene_of_dataset
 from tessbkg.plot import UNITS, plot_light_curve, plot_reduction
 from tessbkg.storage import Options
 from tessbkg.store import Group, open_background, read_child, read_rows
+from tessbkg.tasks import scene_of_dataset
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -14,6 +14,8 @@ from frames import CCD1
 
 import tessbkg
 from tessbkg import jobs
+from tessbkg import plan as planning
+from tessbkg import tasks as work
 from tessbkg.dataset import Options, plan_of
 from tessbkg.simulate import simulate
 from tessbkg.store import create_group, read_child
@@ -31,16 +33,18 @@ def keys(n: int, *, sector: int, cadence: int) -> list[str]:
     ]
 
 
-def planned(tmp_path, n: int) -> jobs.BuildPlan:
+def planned(tmp_path, n: int) -> planning.BuildPlan:
     urls = [f"s3://stpubdata/tess/public/{key}" for key in keys(n, sector=95, cadence=200)]
-    return jobs.plan_build(str(tmp_path / "plan.zarr"), files=urls)
+    return planning.plan_build(str(tmp_path / "plan.zarr"), files=urls)
 
 
-def calls(plan: jobs.BuildPlan):
+def calls(plan: planning.BuildPlan):
     """Arguments of all tasks of a build."""
-    survey = [(jobs.survey_part, plan.job, plan.frames.iloc[p]) for p in jobs._survey_parts(len(plan.frames))]
-    shards = [(jobs.reduce_shard, plan.job, first, last) for first, last in plan.missing]
-    return [*survey, (jobs.make_scene_group, plan.job), *shards]
+    survey = [
+        (work.survey_part, plan.job, plan.frames.iloc[p]) for p in planning.survey_parts(len(plan.frames))
+    ]
+    shards = [(work.reduce_shard, plan.job, first, last) for first, last in plan.missing]
+    return [*survey, (work.make_scene_group, plan.job), *shards]
 
 
 def test_sector_of_200_s_frames_is_few_small_tasks(tmp_path):
@@ -55,7 +59,7 @@ def test_sector_of_200_s_frames_is_few_small_tasks(tmp_path):
 def test_tasks_grow_linearly(tmp_path, n):
     plan = planned(tmp_path, n)
     assert len(plan.missing) == -(-n // 64)
-    assert plan.tasks - len(plan.missing) <= 1 + jobs.SURVEY_TASKS
+    assert plan.tasks - len(plan.missing) <= 1 + planning.SURVEY_TASKS
     covered = [i for first, last in plan.missing for i in range(first, last)]
     assert covered == list(range(n))
 
@@ -77,7 +81,7 @@ def test_every_frame_is_read_once(ministack, proxy, sky, tmp_path):
     counter = proxy(ministack)
     options = counter.options(anon=True)
     dark, n = 3, len(files)
-    job = jobs.plan_build(
+    job = planning.plan_build(
         str(tmp_path / "s.zarr"), root=bucket, storage_options=options, dark_frames=dark, **CCD1
     )
     assert not counter.reads("ffic")  # planning lists
@@ -88,12 +92,12 @@ def test_every_frame_is_read_once(ministack, proxy, sky, tmp_path):
     assert len(counter.reads("ffic")) == 4 * n  # header, three bands
 
     counter.clear()
-    jobs.make_scene_group(job.job)
-    assert len(counter.reads("ffic")) <= dark + 2 * jobs.NOISE_FRAMES
+    work.make_scene_group(job.job)
+    assert len(counter.reads("ffic")) <= dark + 2 * planning.NOISE_FRAMES
 
-    scene = jobs.scene_of_dataset(read_child(job.job.group, "scene"))
+    scene = work.scene_of_dataset(read_child(job.job.group, "scene"))
     counter.clear()
-    jobs.reduce_frames(job.job, survey, plan_of(scene, Options(dark_frames=dark)))
+    work.reduce_frames(job.job, survey, plan_of(scene, Options(dark_frames=dark)))
     good = survey[survey["status"] == 0]
     assert len(counter.reads("ffic")) == len(good)
     assert counter.bytes_read("ffic") == good["end"].sum()
@@ -108,7 +112,7 @@ def test_survey_reads_a_few_per_cent(ministack, proxy):
     counter.clear()
     survey = survey_frames(frames, storage_options=counter.options(anon=True))
     assert counter.bytes_read("ffic") <= 0.03 * survey["end"].iloc[0]
-    assert counter.bytes_read("ffic") <= 1.01 * jobs.SURVEY_SHARE * survey["end"].iloc[0]
+    assert counter.bytes_read("ffic") <= 1.01 * planning.SURVEY_SHARE * survey["end"].iloc[0]
 
 
 def links(root, files, n):
@@ -122,21 +126,23 @@ def links(root, files, n):
 PROCESS = """
 import json, resource, sys
 from tessbkg import jobs
+from tessbkg import plan as planning
+from tessbkg import tasks as work
 from tessbkg.store import create_group, write_template
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 root, store, dark = sys.argv[1], sys.argv[2], int(sys.argv[3])
-plan = jobs.plan_build(store, root=root, sector=1, camera=1, ccd=4, dark_frames=dark)
+plan = planning.plan_build(store, root=root, sector=1, camera=1, ccd=4, dark_frames=dark)
 create_group(plan.job.group, plan.fields)
 survey = jobs._survey_step(plan, None, lambda *_: None)
-jobs.make_scene_group(plan.job)
+work.make_scene_group(plan.job)
 scene = peak()
-write_template(plan.job.group, jobs.make_template(plan.job, survey), plan.job.shard_frames)
+write_template(plan.job.group, work.make_template(plan.job, survey), plan.job.shard_frames)
 peaks = []
 for first, last in plan.missing:
-    jobs.reduce_shard(plan.job, first, last)
+    work.reduce_shard(plan.job, first, last)
     peaks.append(peak())
 print(json.dumps([scene, *peaks]))
 """

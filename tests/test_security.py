@@ -16,8 +16,8 @@ from frames import CCD1, simulated
 
 import tessbkg
 from tessbkg.errors import FFIReadError
-from tessbkg.jobs import reduce_shard
 from tessbkg.storage import check_options, check_url
+from tessbkg.tasks import reduce_shard
 
 PLANTED = "PLANTEDwJalrXUtnFEMIK7MDENGbPxRfiCYEXAMPLE"
 SOURCES = sorted(Path(tessbkg.__file__).parent.glob("*.py"))
