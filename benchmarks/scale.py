@@ -163,7 +163,8 @@ def study_table(frame_cpu, **study):
         "Computed, not run: seconds of one core a frame (reading by s3fs, decoding, reducing) as measured "
         "here, "
         "bytes as counted here, all workers busy "
-        "(183 shards a CCD, 2,928 tasks in all: at most 2 % of the time is lost at the end). "
+        "(183 shards a CCD, 2,928 tasks in all: "
+        "at most 2 % of the time is lost at the end). "
         "A scheduler hands out a task in about 1 ms: 3 s in all.",
     )
 
