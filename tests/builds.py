@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import psutil
+import pytest
 import zarr
 from frames import CCD1
 
@@ -46,6 +47,13 @@ def assert_equal(store: str, clean: str, *, apart=()) -> None:
     columns = ["ffi", "status", "reason"]
     reports = [tessbkg.read_report(url, **CCD1)[columns] for url in (store, clean)]
     assert reports[0].equals(reports[1])
+
+
+def some(values, *chosen):
+    """Parameters of a test, all but the chosen ones being slow: what they show is shown by others too."""
+    assert set(chosen) <= set(values)
+    rows = [(value, value if isinstance(value, tuple) else (value,)) for value in values]
+    return [pytest.param(*row, marks=() if value in chosen else pytest.mark.slow) for value, row in rows]
 
 
 class Build:

@@ -42,8 +42,16 @@ def pytest_configure(config: pytest.Config) -> None:
         patch.setenv(name, value)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests that use the fixtures `ceph` and `shared`, so that -m selects them."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark the tests that use the fixtures `ceph` and `shared`, so that -m selects them.
+
+    Slow tests run when TESSBKG_SLOW is set, or when -m or a test's own name selects them.
+    """
+    named = any("::" in argument for argument in config.args)
+    if not (config.option.markexpr or named or os.environ.get("TESSBKG_SLOW")):
+        for item in items:
+            if item.get_closest_marker("slow"):
+                item.add_marker(pytest.mark.skip(reason="slow: set TESSBKG_SLOW=1"))
     for item in items:
         for name in ("ceph", "shared"):
             if name in getattr(item, "fixturenames", ()):

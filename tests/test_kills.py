@@ -7,7 +7,7 @@ import subprocess
 import time
 
 import pytest
-from builds import ARGUMENTS, DASK, REDUCTION, TESSBKG, Build, assert_equal, gone
+from builds import ARGUMENTS, DASK, REDUCTION, TESSBKG, Build, assert_equal, gone, some
 from frames import CCD1, simulated
 from servers import Fault, free_port
 
@@ -46,8 +46,14 @@ def finish(server, store, clean) -> None:
     assert check(str(store)) == []
 
 
-@pytest.mark.parametrize("number", SIGNALS)
-@pytest.mark.parametrize("how", ["here", "workers"])
+@pytest.mark.parametrize(
+    ("how", "number"),
+    some(
+        [(how, number) for how in ("here", "workers") for number in SIGNALS],
+        ("here", signal.SIGTERM),
+        ("workers", signal.SIGINT),
+    ),
+)
 def test_a_signal_ends_a_build_within_seconds(source, tmp_path, number, how):
     server, clean = source
     out = tmp_path / "s.zarr"
@@ -67,6 +73,7 @@ def test_a_signal_ends_a_build_within_seconds(source, tmp_path, number, how):
     finish(server, out, clean)
 
 
+@pytest.mark.slow
 def test_a_stalled_read_does_not_hold_the_end(source, tmp_path, proxy):
     server, _ = source
     stalled = proxy(
@@ -225,6 +232,7 @@ def test_the_loss_of_the_scheduler_is_one_line_and_the_build_goes_on_elsewhere(s
     finish(server, out, clean)
 
 
+@pytest.mark.slow
 def test_sigterm_on_a_scheduler_leaves_the_cluster_running(source, tmp_path, cluster):
     server, clean = source
     out = tmp_path / "s.zarr"
@@ -247,6 +255,7 @@ def test_two_processes_that_build_the_same_ccd_write_the_same_bytes(source, tmp_
     assert check(str(out)) == []
 
 
+@pytest.mark.slow
 def test_many_processes_that_build_the_same_ccd_and_are_killed_leave_a_store_to_go_on_with(source, tmp_path):
     server, clean = source
     out, chance = tmp_path / "s.zarr", random.Random(3)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import zarr
-from builds import ARGUMENTS
+from builds import ARGUMENTS, some
 from click.testing import CliRunner
 from frames import CCD1, simulated
 from servers import free_port
@@ -65,7 +65,7 @@ def mounted(folder: Path, options: str):
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-@pytest.mark.parametrize("kilobytes", [8, 64, 200, 400])
+@pytest.mark.parametrize("kilobytes", some([8, 64, 200, 400], 64, 400))
 def test_a_full_disk(source, tmp_path, kilobytes):
     with mounted(tmp_path / "small", f"size={kilobytes}k") as folder:
         code, stderr = build(folder / "s.zarr", source)
@@ -77,6 +77,7 @@ def test_a_full_disk(source, tmp_path, kilobytes):
         assert run("check", folder / "s.zarr")[0] == 0
 
 
+@pytest.mark.slow
 def test_a_full_disk_on_a_cluster(source, tmp_path):
     with mounted(tmp_path / "small", "size=500k") as folder:
         simulated(64, shape=(64, 64), root=str(tmp_path / "more"))
