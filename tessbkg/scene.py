@@ -6,7 +6,8 @@ The scattered light of a frame is what the frame has above it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from enum import IntFlag
 from typing import Final
 
@@ -16,6 +17,7 @@ from scipy import ndimage
 
 from tessbkg.ccd import STRAP_COLUMNS
 from tessbkg.motion import (
+    TERMS,
     displacement,
     distance_of,
     expand,
@@ -182,7 +184,6 @@ def make_scene(
     dark: Floats,
     noise: tuple[float, float],
     *,
-    bright: Floats | None = None,
     options: MaskOptions | None = None,
     first_column: int = 0,
     dark_frames: tuple[str, ...] = (),
@@ -201,8 +202,6 @@ def make_scene(
         Dark frames; changed in place. NaN is left out.
     noise : tuple of (float, float)
         a and b of the noise law (:func:`fit_noise`).
-    bright : (n, rows, columns) float32, electron s-1, optional
-        Frames full of light, which show the response of columns over straps. Without them it is taken for 1.
     options : MaskOptions, optional
     first_column : int
         0-based science column of the first pixel (0 but for trimmed files), for the straps.
@@ -224,11 +223,31 @@ def make_scene(
     flux, error, terms = _combine_moving(frames, noise)
     mask = make_mask(flux, options, first_column=first_column)
     response = np.ones(flux.shape[1], dtype=np.float32)
-    if bright is not None and len(bright) and not options.straps:
-        straps = _strap_columns(flux.shape[1], first_column, options.strap_dilation)
-        steep = np.hypot(terms[0], terms[1]) > STRAP_SLOPE
-        response = strap_response(bright, flux, steep | (mask != 0), straps)
     return Scene(flux, error, mask, noise, dark_frames, terms, response)
+
+
+def with_response(
+    scene: Scene, bright: Sequence[Floats], *, options: MaskOptions | None = None, first_column: int = 0
+) -> Scene:
+    """Give a scene the response of its columns over straps, which frames full of light show.
+
+    Parameters
+    ----------
+    scene : Scene
+        From :func:`make_scene`, which takes the response for 1.
+    bright : sequence of (rows, columns) float32, electron s-1
+        Without any, or where straps are masked, the response stays 1.
+    options : MaskOptions, optional
+    first_column : int
+        0-based science column of the first pixel.
+    """
+    options = options or MaskOptions()
+    if not len(bright) or options.straps or scene.terms is None:
+        return scene
+    columns = _strap_columns(scene.flux.shape[1], first_column, options.strap_dilation)
+    steep = np.hypot(scene.terms[0], scene.terms[1]) > STRAP_SLOPE
+    response = strap_response(bright, scene.flux, steep | (scene.mask != 0), columns)
+    return replace(scene, response=response)
 
 
 def _combine_moving(frames: list[Floats], noise: tuple[float, float]) -> tuple[Floats, Floats, Floats]:
@@ -261,6 +280,7 @@ def _combine_moving(frames: list[Floats], noise: tuple[float, float]) -> tuple[F
                 )
             flux[rows], error[rows] = _combine(strip, noise)
         if not turn:
+            del terms
             terms = scene_terms(flux)
         else:
             typical = float(np.sqrt(np.mean([distance_of(motion) ** 2 for motion in moved])))
@@ -306,7 +326,8 @@ def _remove_light(dark: Floats) -> npt.NDArray[np.bool_]:
         reference[rows] = _middle(np.sort(dark[:, rows], axis=0))
     size = min(LIGHT_BIN, *dark.shape[1:])
     star = reference - local_sky(reference) > STAR_LEVEL
-    plan = plan_reduction(reference, star, bin=size, statistic="median")
+    still = np.broadcast_to(np.float32(0), (TERMS, *reference.shape))  # medians need no motion
+    plan = plan_reduction(reference, star, bin=size, statistic="median", terms=still)
     maps = [ndimage.gaussian_filter(reduce_frame(frame, plan)[0], 1.0) for frame in dark]
     light: Floats = np.stack(maps).astype(np.float32)
     usable = np.asarray(np.isfinite(light).all(axis=(1, 2)))
@@ -325,13 +346,13 @@ def _remove_light(dark: Floats) -> npt.NDArray[np.bool_]:
 
 
 def strap_response(
-    bright: Floats, flux: Floats, masked: npt.NDArray[np.bool_], columns: npt.NDArray[np.intp]
+    bright: Sequence[Floats], flux: Floats, masked: npt.NDArray[np.bool_], columns: npt.NDArray[np.intp]
 ) -> Floats:
     """Measure how much more light columns over straps show than their neighbours.
 
     Parameters
     ----------
-    bright : (n, rows, columns) float32, electron s-1
+    bright : sequence of (rows, columns) float32, electron s-1
         Frames with light.
     flux : (rows, columns) float32, electron s-1
         The scene.

@@ -36,7 +36,7 @@ from tessbkg.errors import FFIFormatError, FFIReadError, StoreError
 from tessbkg.ffi import FFI, FFIHeader, FrameStatus, error_status, read_ffi_from
 from tessbkg.geometry import ATTRS, angle_maps
 from tessbkg.reduce import Plan
-from tessbkg.scene import Mask, Scene, make_scene
+from tessbkg.scene import Mask, Scene, make_scene, with_response
 from tessbkg.stack import (
     OnError,
     bin_coordinates,
@@ -129,20 +129,22 @@ def make_scene_group(job: Job) -> None:
             kept.append(str(survey["ffi"].iloc[dark[i]]))
     if not kept:
         raise FFIReadError(str(survey["url"].iloc[dark[0]]), "none of the dark frames could be read")
-    chosen = survey.iloc[choose_bright_frames(survey, dark)]
-    bright = (
-        []
-        if chosen.empty
-        else [frame.flux for _, frame, _ in read_ahead(job, chosen, ahead=2) if isinstance(frame, FFI)]
-    )
+    first_column = int(survey["first_column"].max()) - FIRST_SCIENCE_COLUMN
     scene = make_scene(
         stack[: len(kept)],
         noise or expected_noise(float(survey["exposure"].median())),
-        bright=np.stack(bright) if bright else None,
         options=job.options.mask,
-        first_column=int(survey["first_column"].max()) - FIRST_SCIENCE_COLUMN,
+        first_column=first_column,
         dark_frames=tuple(kept),
     )
+    del stack  # the most of a worker's memory
+    chosen = survey.iloc[choose_bright_frames(survey, dark)]
+    bright = [
+        frame.flux
+        for _, frame, _ in (read_ahead(job, chosen, ahead=2) if len(chosen) else ())
+        if isinstance(frame, FFI)
+    ]
+    scene = with_response(scene, bright, options=job.options.mask, first_column=first_column)
     write_child(job.group, "scene", scene_to_dataset(scene))
 
 
