@@ -211,10 +211,10 @@ def _interpolation(used: Bools, size: int, gain: Floats) -> tuple[npt.NDArray[np
     rows, columns = used.shape
     ny, nx = rows // size, columns // size
     masked = np.flatnonzero(~used)
-    sides = [*_nearest(used), *(np.asarray(side.T) for side in _nearest(used.T))]
     row, column = np.divmod(masked, columns)
     position = (column, column, row, row)
-    found = [side.reshape(-1)[masked] for side in sides]
+    found = [side[~used].astype(np.intp) for side in _nearest(used)]
+    found += [side.T[~used].astype(np.intp) for side in _nearest(used.T)]
     gap = [
         np.where(side >= 0, np.abs(side - here), 0).astype(np.float64)
         for side, here in zip(found, position, strict=True)
@@ -250,13 +250,13 @@ def _interpolation(used: Bools, size: int, gain: Floats) -> tuple[npt.NDArray[np
     return donors, weights
 
 
-def _nearest(used: Bools) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
+def _nearest(used: Bools) -> tuple[npt.NDArray[np.int16], npt.NDArray[np.int16]]:
     """Find the columns of the nearest used pixels to the left and right of every pixel; -1 if none."""
     n = used.shape[1]
-    column = np.arange(n, dtype=np.int32)
-    left = np.maximum.accumulate(np.where(used, column, -1), axis=1)
-    right = np.minimum.accumulate(np.where(used, column, n)[:, ::-1], axis=1)[:, ::-1]
-    return left, np.where(right == n, -1, right)
+    column = np.arange(n, dtype=np.int16)  # a CCD has 2048
+    left = np.maximum.accumulate(np.where(used, column, np.int16(-1)), axis=1)
+    right = np.minimum.accumulate(np.where(used, column, np.int16(n))[:, ::-1], axis=1)[:, ::-1]
+    return left, np.where(right == n, np.int16(-1), right)
 
 
 def reduce_whole(
