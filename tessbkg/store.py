@@ -40,7 +40,7 @@ import zarr
 from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
-from zarr.errors import ContainsArrayError, ContainsGroupError
+from zarr.errors import ContainsArrayError, ContainsGroupError, ZarrUserWarning
 from zarr.storage import FsspecStore, LocalStore
 
 from tessbkg.ccd import CCD
@@ -317,7 +317,9 @@ def _write(group: Group, dataset: xr.Dataset, encoding: Mapping[str, dict[str, A
 
     Nothing is deleted: two processes that write the same group write the same bytes.
     """
-    with store_errors(group):
+    with store_errors(group), warnings.catch_warnings():
+        # a killed writer or a full disk leaves folders without metadata
+        warnings.filterwarnings("ignore", "Object at .* is not recognized", ZarrUserWarning)
         for attempt in range(3):
             try:
                 there = set(
