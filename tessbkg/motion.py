@@ -29,6 +29,9 @@ TERMS: Final = 5
 TRACERS: Final = 20000
 """Pixels that d is fitted to, at most."""
 
+PART: Final = 128
+"""Rows or columns whose splines are computed at once."""
+
 CELL: Final = 16
 """Tracers are the best pixels of cells of this side, so that they stand all over the CCD."""
 
@@ -173,11 +176,18 @@ def scene_terms(scene: Floats) -> Floats:
         return terms
     if not np.isfinite(scene).all():
         scene = np.where(np.isfinite(scene), scene, np.nanmedian(scene))
-    terms[0], terms[2] = _slope(scene), _bend(scene)
-    terms[1], terms[4] = _slope(scene.T).T, _bend(scene.T).T
-    limit = 4 * np.maximum(np.abs(terms[2]), np.abs(terms[4]))
-    terms[3] = np.clip(_slope(terms[0].T).T, -limit, limit)
+    # Some lines at a time: what splines need beside their result would be twice the terms.
+    for part in _parts(scene.shape[1]):
+        terms[0, :, part], terms[2, :, part] = _slope(scene[:, part]), _bend(scene[:, part])
+    for part in _parts(scene.shape[0]):
+        terms[1, part], terms[4, part] = _slope(scene[part].T).T, _bend(scene[part].T).T
+        limit = 4 * np.maximum(np.abs(terms[2, part]), np.abs(terms[4, part]))
+        terms[3, part] = np.clip(_slope(terms[0, part].T).T, -limit, limit)
     return terms
+
+
+def _parts(n: int) -> list[slice]:
+    return [slice(first, first + PART) for first in range(0, n, PART)]
 
 
 def _slope(image: Floats) -> Floats:
@@ -221,14 +231,18 @@ def prepare_motion(scene: Floats, terms: Floats, noise: tuple[float, float]) -> 
     bright = ~(scene <= BRIGHT)  # NaN too
     if bright.any():
         far &= ~ndimage.binary_dilation(bright, np.ones((2 * EDGE + 1, 2 * EDGE + 1), dtype=bool))
-    with np.errstate(invalid="ignore"):
-        sigma = np.sqrt(noise[0] * np.maximum(scene, 0) + noise[1])
-        score = np.where(far, np.hypot(terms[0], terms[1]) / np.maximum(sigma, 1e-6), 0)
     ny, nx = -(-rows // CELL), -(-columns // CELL)
     padded = np.zeros((ny * CELL, nx * CELL), dtype=np.float32)
-    padded[:rows, :columns] = score
-    cells = padded.reshape(ny, CELL, nx, CELL).transpose(0, 2, 1, 3).reshape(ny * nx, CELL * CELL)
-    inside = np.argpartition(cells, -2, axis=1)[:, -2:]
+    two = []
+    for j in range(ny):
+        strip = slice(j * CELL, min((j + 1) * CELL, rows))
+        with np.errstate(invalid="ignore"):
+            sigma = np.sqrt(noise[0] * np.maximum(scene[strip], 0) + noise[1])
+            slope = np.hypot(terms[0, strip], terms[1, strip])
+            padded[strip, :columns] = np.where(far[strip], slope / np.maximum(sigma, 1e-6), 0)
+        cells = padded[j * CELL : (j + 1) * CELL].reshape(CELL, nx, CELL).transpose(1, 0, 2)
+        two.append(np.argpartition(cells.reshape(nx, CELL * CELL), -2, axis=1)[:, -2:].copy())
+    inside = np.concatenate(two)
     j, i = np.divmod(np.arange(ny * nx)[:, None], nx)
     row, column = (j * CELL + inside // CELL).ravel(), (i * CELL + inside % CELL).ravel()
     best = np.argsort(-padded[row, column], kind="stable")[:TRACERS]

@@ -248,30 +248,27 @@ def _combine_moving(frames: list[Floats], noise: tuple[float, float]) -> tuple[F
         moved = np.array([tracers.fit(frame, np.zeros(1, dtype=np.float32), noise) for frame in frames])
         moved = (moved - moved.mean(axis=0)).astype(np.float32)
         for rows in _strips(shape[0]):
-            strip = np.stack(
-                [
-                    frame[rows] - expand(motion, terms[:, rows], y[rows], x)
-                    for frame, motion in zip(frames, moved, strict=True)
-                ]
-            )
+            strip = np.empty((len(frames), *flux[rows].shape), dtype=np.float32)
+            for target, frame, motion in zip(strip, frames, moved, strict=True):
+                np.subtract(frame[rows], expand(motion, terms[:, rows], y[rows], x), out=target)
             if turn:
                 flux[rows] = _middle(np.sort(strip, axis=0))
-                strip += _refine(
-                    strip - flux[rows], moved, terms[:, rows], flux=flux[rows], noise=noise, y=y[rows], x=x
-                )
-            flux[rows], error[rows] = _combine(strip, noise)
+                _refine(strip, moved, terms[:, rows], flux=flux[rows], noise=noise, y=y[rows], x=x)
+            for part in _strips(shape[1]):
+                flux[rows, part], error[rows, part] = _combine(strip[:, :, part], noise)
         if not turn:
+            del terms  # 84 MB, while the dark frames are held
             terms = scene_terms(flux)
         else:
             typical = float(np.sqrt(np.mean([distance_of(motion) ** 2 for motion in moved])))
-            error = np.hypot(
-                error, np.float32(SCENE_SHARE * expansion_error(typical)) * np.hypot(terms[0], terms[1])
-            )
+            share = np.float32(SCENE_SHARE * expansion_error(typical))
+            for rows in _strips(shape[0]):
+                error[rows] = np.hypot(error[rows], share * np.hypot(terms[0, rows], terms[1, rows]))
     return flux, error, terms
 
 
 def _refine(
-    residual: Floats,
+    strip: Floats,
     moved: Floats,
     terms: Floats,
     *,
@@ -279,20 +276,18 @@ def _refine(
     noise: tuple[float, float],
     y: Floats,
     x: Floats,
-) -> Floats:
-    """Refine the terms of a strip, in place, block by block; what that takes off the frames."""
-    change = np.empty_like(residual)
+) -> None:
+    """Refine the terms of a strip block by block, and take what that says off the frames, both in place."""
     for first in range(0, flux.shape[1], STRIP_ROWS):
         block = np.s_[:, first : first + STRIP_ROWS]
         every = np.s_[:, *block]
         here = np.array([displacement(m, y.mean(), x[block[1]].mean()) for m in moved], dtype=np.float32)
         before = terms[every].copy()
         variance = noise[0] * np.maximum(flux[block], 0) + noise[1]
-        refine_terms(residual[every], here, terms[every], np.asarray(variance, dtype=np.float32))
+        refine_terms(strip[every] - flux[block], here, terms[every], np.asarray(variance, dtype=np.float32))
         before -= terms[every]
-        for target, motion in zip(change, moved, strict=True):
-            target[block] = expand(motion, before, y, x[block[1]])
-    return change
+        for frame, motion in zip(strip, moved, strict=True):
+            frame[block] += expand(motion, before, y, x[block[1]])
 
 
 def _strips(rows: int) -> list[slice]:
@@ -403,7 +398,10 @@ def _bilinear(image: Floats, rows: npt.NDArray[np.float64], columns: npt.NDArray
         share = (position - low).astype(np.float32)[:, None]
         return np.asarray(values[low] * (1 - share) + values[high] * share)
 
-    return along(along(image, rows).T, columns).T
+    fine, result = along(image, rows), np.empty((len(rows), len(columns)), dtype=np.float32)
+    for part in _strips(len(rows)):
+        result[part] = along(fine[part].T, columns).T
+    return result
 
 
 def _middle(ordered: Floats) -> Floats:
@@ -414,8 +412,9 @@ def _middle(ordered: Floats) -> Floats:
 
 
 def _combine(frames: Floats, noise: tuple[float, float]) -> tuple[Floats, Floats]:
-    """Clipped mean over frames and its standard error, by the noise or by the scatter if larger."""
-    values = np.sort(frames, axis=0)  # NaN last
+    """Clipped mean over frames, sorted in place, and its standard error: by noise, or scatter if larger."""
+    values = frames
+    values.sort(axis=0)  # NaN last
     n = len(values)
     last = np.maximum(np.isfinite(values).sum(axis=0) - 1, 0)[None]
     low, high = (np.take_along_axis(values, k * last // 4, axis=0)[0] for k in (1, 3))
@@ -424,11 +423,11 @@ def _combine(frames: Floats, noise: tuple[float, float]) -> tuple[Floats, Floats
     # Stars that vary, or whose motion is not told well, scatter more than the noise.
     wide = np.maximum(sigma, (high - low) / 1.349 if n > 3 else 0)
     with np.errstate(invalid="ignore", divide="ignore"):
-        kept = np.abs(values - middle) <= CLIP_SIGMA * wide
+        off = values - middle
+        kept = np.abs(off, out=off) <= CLIP_SIGMA * wide
         number = kept.sum(axis=0)
-        flux = np.where(kept, values, 0).sum(axis=0, dtype=np.float64) / number
-        square = np.where(kept, values - middle, 0)
-        scatter = np.square(square, out=square).sum(axis=0) / np.maximum(number - 1, 1)
+        flux = values.sum(axis=0, dtype=np.float64, where=kept) / number
+        scatter = np.square(off, out=off).sum(axis=0, where=kept) / np.maximum(number - 1, 1)
         excess = scatter > sigma**2 * (1 + EXCESS_SIGMA * np.sqrt(2 / np.maximum(number - 1, 1)))
         variance = np.where(excess, scatter, sigma**2) / number
     return flux.astype(np.float32), np.sqrt(variance).astype(np.float32)
@@ -452,8 +451,14 @@ def make_mask(flux: Floats, options: MaskOptions, *, first_column: int = 0) -> n
     bad = ~np.isfinite(flux) | (flux == 0)
     filled = np.where(bad, np.nanmedian(flux) if not bad.all() else 0, flux).astype(np.float32)
     star = filled - local_sky(filled) > options.star_level
-    gradient = np.hypot(*np.gradient(filled)) if min(flux.shape) > 1 else np.zeros_like(filled)
-    star |= gradient > options.star_gradient
+    if min(flux.shape) > 1:
+        gradient = np.empty_like(filled)
+        for part in _strips(flux.shape[1]):
+            gradient[:, part] = np.gradient(filled[:, part], axis=0)
+        for part in _strips(flux.shape[0]):
+            steep = np.hypot(gradient[part], np.gradient(filled[part], axis=1))
+            star[part] |= steep > options.star_gradient
+        del gradient
     if options.star_dilation:
         star = ndimage.binary_dilation(star, ndimage.generate_binary_structure(2, 2), options.star_dilation)
     saturated = filled > options.saturation
@@ -474,7 +479,9 @@ def local_sky(flux: Floats, size: int = 32) -> Floats:
     size = min(size, *flux.shape)
     ny, nx = (n // size for n in flux.shape)
     blocks = flux[: ny * size, : nx * size].reshape(ny, size, nx, size).transpose(0, 2, 1, 3)
-    sky = np.percentile(blocks.reshape(ny, nx, -1), 30, axis=2).astype(np.float32)
+    sky = np.empty((ny, nx), dtype=np.float32)
+    for j in range(ny):
+        sky[j] = np.percentile(blocks[j].reshape(nx, -1), 30, axis=1)
     sky = ndimage.median_filter(sky, size=3, mode="nearest")
     rows, columns = (
         np.clip((np.arange(n) + 0.5) / size - 0.5, 0, m - 1)

@@ -289,7 +289,7 @@ def write_child(group: Group, name: str, dataset: xr.Dataset) -> None:
     """Write a small Dataset as a child group and mark it complete."""
     child = group.child(name)
     encoding = {
-        str(v): {"chunks": variable.shape, **_compressed(variable)}
+        str(v): {"chunks": (1,) * (variable.ndim - 2) + variable.shape[-2:], **_compressed(variable)}
         for v, variable in dataset.variables.items()
     }
     _write(child, dataset, encoding)

@@ -7,6 +7,7 @@ store. Nothing here knows of a cluster.
 from __future__ import annotations
 
 import functools
+import gc
 import logging
 import time
 from collections.abc import Iterator, Mapping
@@ -130,20 +131,25 @@ def make_scene_group(job: Job) -> None:
     if not kept:
         raise FFIReadError(str(survey["url"].iloc[dark[0]]), "none of the dark frames could be read")
     chosen = survey.iloc[choose_bright_frames(survey, dark)]
-    bright = (
-        []
-        if chosen.empty
-        else [frame.flux for _, frame, _ in read_ahead(job, chosen, ahead=2) if isinstance(frame, FFI)]
-    )
+    bright = np.empty((len(chosen), *stack.shape[1:]), dtype=np.float32)
+    lit = 0
+    for _, frame, _ in read_ahead(job, chosen, ahead=2) if len(chosen) else ():
+        if isinstance(frame, FFI):
+            bright[lit] = frame.flux
+            lit += 1
+    frame = None  # 17 MB
     scene = make_scene(
         stack[: len(kept)],
         noise or expected_noise(float(survey["exposure"].median())),
-        bright=np.stack(bright) if bright else None,
+        bright=bright[:lit],
         options=job.options.mask,
         first_column=int(survey["first_column"].max()) - FIRST_SCIENCE_COLUMN,
         dark_frames=tuple(kept),
     )
+    del stack, bright  # 300 MB, before the scene is compressed
     write_child(job.group, "scene", scene_to_dataset(scene))
+    del scene
+    gc.collect()  # a Dataset that was written is part of a cycle: 150 MB
 
 
 def _fit_noise(job: Job, survey: pd.DataFrame) -> tuple[float, float] | None:
@@ -258,7 +264,10 @@ def prepared(job: Job) -> tuple[pd.DataFrame, Plan]:
     stored = read_child(job.group, "scene")
     if stored is None:
         raise StoreError(f"{job.group.name} has no scene")
-    return read_survey(job), plan_of(scene_of_dataset(stored), job.options)
+    plan = plan_of(scene_of_dataset(stored), job.options)
+    del stored
+    gc.collect()  # a Dataset that was read is part of a cycle: 120 MB
+    return read_survey(job), plan
 
 
 def reduce_shard(job: Job, first: int, last: int) -> None:

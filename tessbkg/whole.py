@@ -147,9 +147,9 @@ def prepare_whole(
     segment = _segment(size, rows)
     used = used[:rows, :columns]
     strips = used.reshape(-1, segment, columns)
+    donors, weights = _interpolation(used, size, gain)
     variance = noise[0] * np.maximum(scene[:rows, :columns], 0) + noise[1]
     slope = np.hypot(*terms[:2, :rows, :columns])
-    donors, weights = _interpolation(used, size, gain)
     row, column = np.divmod(donors, columns)
     plan = Whole(
         size=size,
@@ -211,10 +211,10 @@ def _interpolation(used: Bools, size: int, gain: Floats) -> tuple[npt.NDArray[np
     rows, columns = used.shape
     ny, nx = rows // size, columns // size
     masked = np.flatnonzero(~used)
-    sides = [*_nearest(used), *(np.asarray(side.T) for side in _nearest(used.T))]
     row, column = np.divmod(masked, columns)
     position = (column, column, row, row)
-    found = [side.reshape(-1)[masked] for side in sides]
+    found = [side.reshape(-1)[masked] for side in _nearest(used)]
+    found += [side.reshape(-1)[column * rows + row] for side in _nearest(used.T)]
     gap = [
         np.where(side >= 0, np.abs(side - here), 0).astype(np.float64)
         for side, here in zip(found, position, strict=True)
