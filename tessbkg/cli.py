@@ -155,7 +155,7 @@ def reduction_options(function: Any) -> Any:
         ),
         click.option(
             "--dark-frames",
-            default=16,
+            default=12,
             show_default=True,
             type=click.IntRange(1, 32),
             help="Frames that the static scene is made of.",

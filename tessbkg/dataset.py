@@ -25,7 +25,7 @@ from tessbkg.ccd import CCD, DROP_QUALITY, FIRST_SCIENCE_COLUMN, LIVE_FRACTION, 
 from tessbkg.errors import TessbkgError
 from tessbkg.ffi import FrameStatus
 from tessbkg.reduce import STATISTICS, Plan, plan_reduction, reduce_frame
-from tessbkg.scene import Mask, MaskOptions, Scene, fit_noise, make_scene
+from tessbkg.scene import Mask, MaskOptions, Scene, fit_noise, make_scene, with_response
 from tessbkg.stack import bin_coordinates
 from tessbkg.survey import choose_dark, finish_survey, reject, survey_frames
 
@@ -74,7 +74,7 @@ class Options:
     bin: int = 16
     statistic: str = "whole"
     errors: str = "model"
-    dark_frames: int = 16
+    dark_frames: int = 12
     drop_quality: int = DROP_QUALITY
     angles: bool = True
     ephemeris: str = "table"
@@ -150,7 +150,7 @@ def scattered_light(
     bin: int = 16,  # noqa: A002 (the public name of this option)
     statistic: str = "whole",
     errors: Errors = "model",
-    dark_frames: int = 16,
+    dark_frames: int = 12,
     drop_quality: int = DROP_QUALITY,
     angles: bool = True,
     ephemeris: str = "table",
@@ -313,15 +313,16 @@ def _scene_of(ffis: xr.Dataset, survey: pd.DataFrame, options: Options) -> Scene
         exposure = float(np.median(np.diff(ffis["time"]))) if ffis.sizes["time"] > 1 else 1800 / 86400
         noise = expected_noise(exposure)
     first = int(ffis["column"][0]) - FIRST_SCIENCE_COLUMN if "column" in ffis.coords else 0
-    bright = ffis["flux"].isel(time=choose_bright_frames(survey, dark)).compute().to_numpy()
-    return make_scene(
+    scene = make_scene(
         stack,
         noise,
-        bright=np.asarray(bright, dtype=np.float32),
         options=options.mask,
         first_column=first,
         dark_frames=tuple(str(name) for name in survey["ffi"].to_numpy()[dark]),
     )
+    del stack  # it is large
+    bright = ffis["flux"].isel(time=choose_bright_frames(survey, dark)).compute().to_numpy()
+    return with_response(scene, list(bright.astype(np.float32)), options=options.mask, first_column=first)
 
 
 def noise_of(flux: Floats, flux_err: Floats) -> tuple[float, float] | None:

@@ -29,9 +29,6 @@ TERMS: Final = 5
 TRACERS: Final = 20000
 """Pixels that d is fitted to, at most."""
 
-PART: Final = 128
-"""Rows or columns whose splines are computed at once."""
-
 CELL: Final = 16
 """Tracers are the best pixels of cells of this side, so that they stand all over the CCD."""
 
@@ -176,18 +173,19 @@ def scene_terms(scene: Floats) -> Floats:
         return terms
     if not np.isfinite(scene).all():
         scene = np.where(np.isfinite(scene), scene, np.nanmedian(scene))
-    # Some lines at a time: what splines need beside their result would be twice the terms.
-    for part in _parts(scene.shape[1]):
-        terms[0, :, part], terms[2, :, part] = _slope(scene[:, part]), _bend(scene[:, part])
-    for part in _parts(scene.shape[0]):
-        terms[1, part], terms[4, part] = _slope(scene[part].T).T, _bend(scene[part].T).T
-        limit = 4 * np.maximum(np.abs(terms[2, part]), np.abs(terms[4, part]))
-        terms[3, part] = np.clip(_slope(terms[0, part].T).T, -limit, limit)
+    # In strips: the splines run along one axis at a time, and memory is what scenes are short of.
+    for part in _strips(scene.shape[1]):
+        terms[0][:, part], terms[2][:, part] = _slope(scene[:, part]), _bend(scene[:, part])
+    for part in _strips(scene.shape[0]):
+        across = scene[part].T
+        terms[1][part], terms[4][part] = _slope(across).T, _bend(across).T
+        limit = 4 * np.maximum(np.abs(terms[2][part]), np.abs(terms[4][part]))
+        terms[3][part] = np.clip(_slope(terms[0][part].T).T, -limit, limit)
     return terms
 
 
-def _parts(n: int) -> list[slice]:
-    return [slice(first, first + PART) for first in range(0, n, PART)]
+def _strips(n: int, size: int = 256) -> list[slice]:
+    return [slice(first, first + size) for first in range(0, n, size)]
 
 
 def _slope(image: Floats) -> Floats:
@@ -225,30 +223,43 @@ def prepare_motion(scene: Floats, terms: Floats, noise: tuple[float, float]) -> 
         a and b of the noise law.
     """
     rows, columns = scene.shape
-    far = np.zeros(scene.shape, dtype=bool)
-    if min(rows, columns) > 2 * EDGE:
-        far[EDGE:-EDGE, EDGE:-EDGE] = True
-    bright = ~(scene <= BRIGHT)  # NaN too
-    if bright.any():
-        far &= ~ndimage.binary_dilation(bright, np.ones((2 * EDGE + 1, 2 * EDGE + 1), dtype=bool))
+    near = (~(scene <= BRIGHT)).astype(np.uint8)  # NaN too
+    for axis in (0, 1):
+        near = ndimage.maximum_filter1d(near, 2 * EDGE + 1, axis=axis)
+    near[:EDGE], near[-EDGE:], near[:, :EDGE], near[:, -EDGE:] = 1, 1, 1, 1
     ny, nx = -(-rows // CELL), -(-columns // CELL)
-    padded = np.zeros((ny * CELL, nx * CELL), dtype=np.float32)
-    two = []
-    for j in range(ny):
-        strip = slice(j * CELL, min((j + 1) * CELL, rows))
-        with np.errstate(invalid="ignore"):
-            sigma = np.sqrt(noise[0] * np.maximum(scene[strip], 0) + noise[1])
-            slope = np.hypot(terms[0, strip], terms[1, strip])
-            padded[strip, :columns] = np.where(far[strip], slope / np.maximum(sigma, 1e-6), 0)
-        cells = padded[j * CELL : (j + 1) * CELL].reshape(CELL, nx, CELL).transpose(1, 0, 2)
-        two.append(np.argpartition(cells.reshape(nx, CELL * CELL), -2, axis=1)[:, -2:].copy())
-    inside = np.concatenate(two)
-    j, i = np.divmod(np.arange(ny * nx)[:, None], nx)
-    row, column = (j * CELL + inside // CELL).ravel(), (i * CELL + inside % CELL).ravel()
-    best = np.argsort(-padded[row, column], kind="stable")[:TRACERS]
-    best = best[padded[row[best], column[best]] > MIN_SIGNIFICANCE]
+    found = [_best_of_cells(scene, terms, noise, near, first=j * CELL, cells=nx) for j in range(ny)]
+    row, column, score = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    best = np.argsort(-score, kind="stable")[:TRACERS]
+    best = best[score[best] > MIN_SIGNIFICANCE]
     pixel = np.sort(row[best] * columns + column[best])
     return Motion((rows, columns), pixel, scene.reshape(-1)[pixel], terms.reshape(TERMS, -1)[:, pixel].copy())
+
+
+def _best_of_cells(
+    scene: Floats,
+    terms: Floats,
+    noise: tuple[float, float],
+    near: npt.NDArray[np.uint8],
+    *,
+    first: int,
+    cells: int,
+) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp], Floats]:
+    """Rows, columns and significance of the two best pixels of each cell of one row of cells."""
+    strip = np.s_[first : first + CELL]
+    with np.errstate(invalid="ignore"):
+        sigma = np.sqrt(noise[0] * np.maximum(scene[strip], 0) + noise[1])
+        score = np.hypot(terms[0][strip], terms[1][strip]) / np.maximum(sigma, 1e-6)
+    padded = np.zeros((CELL, cells * CELL), dtype=np.float32)
+    padded[: len(score), : scene.shape[1]] = np.where(near[strip] == 0, score, 0)
+    flat = padded.reshape(CELL, cells, CELL).transpose(1, 0, 2).reshape(cells, CELL * CELL)
+    inside = np.argpartition(flat, -2, axis=1)[:, -2:]
+    column = np.arange(cells)[:, None] * CELL + inside % CELL
+    return (
+        (first + inside // CELL).ravel(),
+        column.ravel(),
+        np.take_along_axis(flat, inside, axis=1).ravel(),
+    )
 
 
 def refine_terms(residual: Floats, moved: Floats, terms: Floats, variance: Floats) -> None:

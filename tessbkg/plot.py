@@ -335,6 +335,8 @@ def animate(
         frame = ds.isel(time=chosen[i])
         image.set_data(cube[i])
         parts = [f"TJD {float(frame['time']):.3f}" if "time" in ds.coords else f"frame {chosen[i]}"]
+        if "btjd" in ds.coords:
+            parts.append(f"BTJD {float(frame['btjd']):.3f}")
         if "cadence" in ds.coords:
             parts.append(f"cadence {int(frame['cadence'])}")
         axes.set_title("  ".join(parts), fontsize=10)

@@ -170,6 +170,9 @@ def plan_reduction(  # noqa: PLR0915 (one plan, many parts)
     if response is not None and (response != 1).any():
         gain = (1 / response).astype(np.float32)
     counts = _blocks(valid, bin).sum(axis=2)
+    a, b = noise or (np.nan, np.nan)
+    variance = a * np.maximum(np.where(valid, scene, 0), 0) + b
+    scene_variance = np.zeros_like(scene) if scene_err is None else np.square(scene_err)
     pixel = _central_pixel(valid, bin)
     whole, filled = None, counts == 0
     if terms is None:
@@ -190,9 +193,6 @@ def plan_reduction(  # noqa: PLR0915 (one plan, many parts)
             ceiling=CEILING,
         )
     motion = prepare_motion(scene, terms, noise or NOISE)
-    a, b = noise or (np.nan, np.nan)
-    variance = a * np.maximum(np.where(valid, scene, 0), 0) + b
-    scene_variance = np.zeros_like(scene) if scene_err is None else np.square(scene_err)
     if whole is not None and statistic == "whole":
         filled = ~whole.reached
         squares = weigh(whole, np.ones_like(scene), squared=True)
@@ -210,11 +210,8 @@ def plan_reduction(  # noqa: PLR0915 (one plan, many parts)
         else:
             still = _mean(np.where(valid, variance, 0), counts, bin)
             scene_square = _mean(np.where(valid, scene_variance, 0), counts, bin)
-        del variance, scene_variance
         sums = [_mean(np.where(valid, term, 0), counts, bin) for term in terms]
-        steep = np.square(terms[0])
-        steep += terms[1] ** 2
-        steep[~valid] = 0
+        steep = np.where(valid, terms[0] ** 2 + terms[1] ** 2, 0)
         moving = np.nan_to_num(np.stack(sums))
         blur = np.asarray(np.nan_to_num(factor * np.sqrt(_mean(steep, counts, bin))), dtype=np.float32)
         if statistic == "sparse":

@@ -6,7 +6,8 @@ The scattered light of a frame is what the frame has above it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from enum import IntFlag
 from typing import Final
 
@@ -16,6 +17,7 @@ from scipy import ndimage
 
 from tessbkg.ccd import STRAP_COLUMNS
 from tessbkg.motion import (
+    TERMS,
     displacement,
     distance_of,
     expand,
@@ -182,7 +184,6 @@ def make_scene(
     dark: Floats,
     noise: tuple[float, float],
     *,
-    bright: Floats | None = None,
     options: MaskOptions | None = None,
     first_column: int = 0,
     dark_frames: tuple[str, ...] = (),
@@ -201,8 +202,6 @@ def make_scene(
         Dark frames; changed in place. NaN is left out.
     noise : tuple of (float, float)
         a and b of the noise law (:func:`fit_noise`).
-    bright : (n, rows, columns) float32, electron s-1, optional
-        Frames full of light, which show the response of columns over straps. Without them it is taken for 1.
     options : MaskOptions, optional
     first_column : int
         0-based science column of the first pixel (0 but for trimmed files), for the straps.
@@ -224,11 +223,31 @@ def make_scene(
     flux, error, terms = _combine_moving(frames, noise)
     mask = make_mask(flux, options, first_column=first_column)
     response = np.ones(flux.shape[1], dtype=np.float32)
-    if bright is not None and len(bright) and not options.straps:
-        straps = _strap_columns(flux.shape[1], first_column, options.strap_dilation)
-        steep = np.hypot(terms[0], terms[1]) > STRAP_SLOPE
-        response = strap_response(bright, flux, steep | (mask != 0), straps)
     return Scene(flux, error, mask, noise, dark_frames, terms, response)
+
+
+def with_response(
+    scene: Scene, bright: Sequence[Floats], *, options: MaskOptions | None = None, first_column: int = 0
+) -> Scene:
+    """Give a scene the response of its columns over straps, which frames full of light show.
+
+    Parameters
+    ----------
+    scene : Scene
+        From :func:`make_scene`, which takes the response for 1.
+    bright : sequence of (rows, columns) float32, electron s-1
+        Without any, or where straps are masked, the response stays 1.
+    options : MaskOptions, optional
+    first_column : int
+        0-based science column of the first pixel.
+    """
+    options = options or MaskOptions()
+    if not len(bright) or options.straps or scene.terms is None:
+        return scene
+    columns = _strap_columns(scene.flux.shape[1], first_column, options.strap_dilation)
+    steep = np.hypot(scene.terms[0], scene.terms[1]) > STRAP_SLOPE
+    response = strap_response(bright, scene.flux, steep | (scene.mask != 0), columns)
+    return replace(scene, response=response)
 
 
 def _combine_moving(frames: list[Floats], noise: tuple[float, float]) -> tuple[Floats, Floats, Floats]:
@@ -248,27 +267,31 @@ def _combine_moving(frames: list[Floats], noise: tuple[float, float]) -> tuple[F
         moved = np.array([tracers.fit(frame, np.zeros(1, dtype=np.float32), noise) for frame in frames])
         moved = (moved - moved.mean(axis=0)).astype(np.float32)
         for rows in _strips(shape[0]):
-            strip = np.empty((len(frames), *flux[rows].shape), dtype=np.float32)
-            for target, frame, motion in zip(strip, frames, moved, strict=True):
-                np.subtract(frame[rows], expand(motion, terms[:, rows], y[rows], x), out=target)
+            strip = np.stack(
+                [
+                    frame[rows] - expand(motion, terms[:, rows], y[rows], x)
+                    for frame, motion in zip(frames, moved, strict=True)
+                ]
+            )
             if turn:
                 flux[rows] = _middle(np.sort(strip, axis=0))
-                _refine(strip, moved, terms[:, rows], flux=flux[rows], noise=noise, y=y[rows], x=x)
-            for part in _strips(shape[1]):
-                flux[rows, part], error[rows, part] = _combine(strip[:, :, part], noise)
+                strip += _refine(
+                    strip - flux[rows], moved, terms[:, rows], flux=flux[rows], noise=noise, y=y[rows], x=x
+                )
+            flux[rows], error[rows] = _combine(strip, noise)
         if not turn:
-            del terms  # 84 MB, while the dark frames are held
+            del terms
             terms = scene_terms(flux)
         else:
             typical = float(np.sqrt(np.mean([distance_of(motion) ** 2 for motion in moved])))
-            share = np.float32(SCENE_SHARE * expansion_error(typical))
-            for rows in _strips(shape[0]):
-                error[rows] = np.hypot(error[rows], share * np.hypot(terms[0, rows], terms[1, rows]))
+            error = np.hypot(
+                error, np.float32(SCENE_SHARE * expansion_error(typical)) * np.hypot(terms[0], terms[1])
+            )
     return flux, error, terms
 
 
 def _refine(
-    strip: Floats,
+    residual: Floats,
     moved: Floats,
     terms: Floats,
     *,
@@ -276,18 +299,20 @@ def _refine(
     noise: tuple[float, float],
     y: Floats,
     x: Floats,
-) -> None:
-    """Refine the terms of a strip block by block, and take what that says off the frames, both in place."""
+) -> Floats:
+    """Refine the terms of a strip, in place, block by block; what that takes off the frames."""
+    change = np.empty_like(residual)
     for first in range(0, flux.shape[1], STRIP_ROWS):
         block = np.s_[:, first : first + STRIP_ROWS]
         every = np.s_[:, *block]
         here = np.array([displacement(m, y.mean(), x[block[1]].mean()) for m in moved], dtype=np.float32)
         before = terms[every].copy()
         variance = noise[0] * np.maximum(flux[block], 0) + noise[1]
-        refine_terms(strip[every] - flux[block], here, terms[every], np.asarray(variance, dtype=np.float32))
+        refine_terms(residual[every], here, terms[every], np.asarray(variance, dtype=np.float32))
         before -= terms[every]
-        for frame, motion in zip(strip, moved, strict=True):
-            frame[block] += expand(motion, before, y, x[block[1]])
+        for target, motion in zip(change, moved, strict=True):
+            target[block] = expand(motion, before, y, x[block[1]])
+    return change
 
 
 def _strips(rows: int) -> list[slice]:
@@ -301,7 +326,8 @@ def _remove_light(dark: Floats) -> npt.NDArray[np.bool_]:
         reference[rows] = _middle(np.sort(dark[:, rows], axis=0))
     size = min(LIGHT_BIN, *dark.shape[1:])
     star = reference - local_sky(reference) > STAR_LEVEL
-    plan = plan_reduction(reference, star, bin=size, statistic="median")
+    still = np.broadcast_to(np.float32(0), (TERMS, *reference.shape))  # medians need no motion
+    plan = plan_reduction(reference, star, bin=size, statistic="median", terms=still)
     maps = [ndimage.gaussian_filter(reduce_frame(frame, plan)[0], 1.0) for frame in dark]
     light: Floats = np.stack(maps).astype(np.float32)
     usable = np.asarray(np.isfinite(light).all(axis=(1, 2)))
@@ -320,13 +346,13 @@ def _remove_light(dark: Floats) -> npt.NDArray[np.bool_]:
 
 
 def strap_response(
-    bright: Floats, flux: Floats, masked: npt.NDArray[np.bool_], columns: npt.NDArray[np.intp]
+    bright: Sequence[Floats], flux: Floats, masked: npt.NDArray[np.bool_], columns: npt.NDArray[np.intp]
 ) -> Floats:
     """Measure how much more light columns over straps show than their neighbours.
 
     Parameters
     ----------
-    bright : (n, rows, columns) float32, electron s-1
+    bright : sequence of (rows, columns) float32, electron s-1
         Frames with light.
     flux : (rows, columns) float32, electron s-1
         The scene.
@@ -398,10 +424,7 @@ def _bilinear(image: Floats, rows: npt.NDArray[np.float64], columns: npt.NDArray
         share = (position - low).astype(np.float32)[:, None]
         return np.asarray(values[low] * (1 - share) + values[high] * share)
 
-    fine, result = along(image, rows), np.empty((len(rows), len(columns)), dtype=np.float32)
-    for part in _strips(len(rows)):
-        result[part] = along(fine[part].T, columns).T
-    return result
+    return along(along(image, rows).T, columns).T
 
 
 def _middle(ordered: Floats) -> Floats:
@@ -412,9 +435,8 @@ def _middle(ordered: Floats) -> Floats:
 
 
 def _combine(frames: Floats, noise: tuple[float, float]) -> tuple[Floats, Floats]:
-    """Clipped mean over frames, sorted in place, and its standard error: by noise, or scatter if larger."""
-    values = frames
-    values.sort(axis=0)  # NaN last
+    """Clipped mean over frames and its standard error, by the noise or by the scatter if larger."""
+    values = np.sort(frames, axis=0)  # NaN last
     n = len(values)
     last = np.maximum(np.isfinite(values).sum(axis=0) - 1, 0)[None]
     low, high = (np.take_along_axis(values, k * last // 4, axis=0)[0] for k in (1, 3))
@@ -423,11 +445,11 @@ def _combine(frames: Floats, noise: tuple[float, float]) -> tuple[Floats, Floats
     # Stars that vary, or whose motion is not told well, scatter more than the noise.
     wide = np.maximum(sigma, (high - low) / 1.349 if n > 3 else 0)
     with np.errstate(invalid="ignore", divide="ignore"):
-        off = values - middle
-        kept = np.abs(off, out=off) <= CLIP_SIGMA * wide
+        kept = np.abs(values - middle) <= CLIP_SIGMA * wide
         number = kept.sum(axis=0)
-        flux = values.sum(axis=0, dtype=np.float64, where=kept) / number
-        scatter = np.square(off, out=off).sum(axis=0, where=kept) / np.maximum(number - 1, 1)
+        flux = np.where(kept, values, 0).sum(axis=0, dtype=np.float64) / number
+        square = np.where(kept, values - middle, 0)
+        scatter = np.square(square, out=square).sum(axis=0) / np.maximum(number - 1, 1)
         excess = scatter > sigma**2 * (1 + EXCESS_SIGMA * np.sqrt(2 / np.maximum(number - 1, 1)))
         variance = np.where(excess, scatter, sigma**2) / number
     return flux.astype(np.float32), np.sqrt(variance).astype(np.float32)
@@ -451,14 +473,8 @@ def make_mask(flux: Floats, options: MaskOptions, *, first_column: int = 0) -> n
     bad = ~np.isfinite(flux) | (flux == 0)
     filled = np.where(bad, np.nanmedian(flux) if not bad.all() else 0, flux).astype(np.float32)
     star = filled - local_sky(filled) > options.star_level
-    if min(flux.shape) > 1:
-        gradient = np.empty_like(filled)
-        for part in _strips(flux.shape[1]):
-            gradient[:, part] = np.gradient(filled[:, part], axis=0)
-        for part in _strips(flux.shape[0]):
-            steep = np.hypot(gradient[part], np.gradient(filled[part], axis=1))
-            star[part] |= steep > options.star_gradient
-        del gradient
+    gradient = np.hypot(*np.gradient(filled)) if min(flux.shape) > 1 else np.zeros_like(filled)
+    star |= gradient > options.star_gradient
     if options.star_dilation:
         star = ndimage.binary_dilation(star, ndimage.generate_binary_structure(2, 2), options.star_dilation)
     saturated = filled > options.saturation
@@ -479,9 +495,7 @@ def local_sky(flux: Floats, size: int = 32) -> Floats:
     size = min(size, *flux.shape)
     ny, nx = (n // size for n in flux.shape)
     blocks = flux[: ny * size, : nx * size].reshape(ny, size, nx, size).transpose(0, 2, 1, 3)
-    sky = np.empty((ny, nx), dtype=np.float32)
-    for j in range(ny):
-        sky[j] = np.percentile(blocks[j].reshape(nx, -1), 30, axis=1)
+    sky = np.percentile(blocks.reshape(ny, nx, -1), 30, axis=2).astype(np.float32)
     sky = ndimage.median_filter(sky, size=3, mode="nearest")
     rows, columns = (
         np.clip((np.arange(n) + 0.5) / size - 0.5, 0, m - 1)

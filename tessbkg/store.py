@@ -55,6 +55,9 @@ LAYOUT: Final = 1
 CHUNK_FRAMES: Final = 8
 """Frames of an inner chunk: one frame costs one request, a light curve one per 8 frames."""
 
+CHUNK_ROWS: Final = 256
+"""Rows of a chunk of full-size images: a whole one would be held twice while it is decoded."""
+
 NOT_WRITTEN: Final = 255
 
 
@@ -289,7 +292,13 @@ def write_child(group: Group, name: str, dataset: xr.Dataset) -> None:
     """Write a small Dataset as a child group and mark it complete."""
     child = group.child(name)
     encoding = {
-        str(v): {"chunks": (1,) * (variable.ndim - 2) + variable.shape[-2:], **_compressed(variable)}
+        str(v): {
+            "chunks": tuple(
+                min(n, CHUNK_ROWS) if dim == "row" else n
+                for dim, n in zip(variable.dims, variable.shape, strict=True)
+            ),
+            **_compressed(variable),
+        }
         for v, variable in dataset.variables.items()
     }
     _write(child, dataset, encoding)

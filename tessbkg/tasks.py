@@ -7,7 +7,6 @@ store. Nothing here knows of a cluster.
 from __future__ import annotations
 
 import functools
-import gc
 import logging
 import time
 from collections.abc import Iterator, Mapping
@@ -37,7 +36,7 @@ from tessbkg.errors import FFIFormatError, FFIReadError, StoreError
 from tessbkg.ffi import FFI, FFIHeader, FrameStatus, error_status, read_ffi_from
 from tessbkg.geometry import ATTRS, angle_maps
 from tessbkg.reduce import Plan
-from tessbkg.scene import Mask, Scene, make_scene
+from tessbkg.scene import Mask, Scene, make_scene, with_response
 from tessbkg.stack import (
     OnError,
     bin_coordinates,
@@ -130,26 +129,23 @@ def make_scene_group(job: Job) -> None:
             kept.append(str(survey["ffi"].iloc[dark[i]]))
     if not kept:
         raise FFIReadError(str(survey["url"].iloc[dark[0]]), "none of the dark frames could be read")
-    chosen = survey.iloc[choose_bright_frames(survey, dark)]
-    bright = np.empty((len(chosen), *stack.shape[1:]), dtype=np.float32)
-    lit = 0
-    for _, frame, _ in read_ahead(job, chosen, ahead=2) if len(chosen) else ():
-        if isinstance(frame, FFI):
-            bright[lit] = frame.flux
-            lit += 1
-    frame = None  # 17 MB
+    first_column = int(survey["first_column"].max()) - FIRST_SCIENCE_COLUMN
     scene = make_scene(
         stack[: len(kept)],
         noise or expected_noise(float(survey["exposure"].median())),
-        bright=bright[:lit],
         options=job.options.mask,
-        first_column=int(survey["first_column"].max()) - FIRST_SCIENCE_COLUMN,
+        first_column=first_column,
         dark_frames=tuple(kept),
     )
-    del stack, bright  # 300 MB, before the scene is compressed
+    del stack  # the most of a worker's memory
+    chosen = survey.iloc[choose_bright_frames(survey, dark)]
+    bright = [
+        frame.flux
+        for _, frame, _ in (read_ahead(job, chosen, ahead=2) if len(chosen) else ())
+        if isinstance(frame, FFI)
+    ]
+    scene = with_response(scene, bright, options=job.options.mask, first_column=first_column)
     write_child(job.group, "scene", scene_to_dataset(scene))
-    del scene
-    gc.collect()  # a Dataset that was written is part of a cycle: 150 MB
 
 
 def _fit_noise(job: Job, survey: pd.DataFrame) -> tuple[float, float] | None:
@@ -264,10 +260,7 @@ def prepared(job: Job) -> tuple[pd.DataFrame, Plan]:
     stored = read_child(job.group, "scene")
     if stored is None:
         raise StoreError(f"{job.group.name} has no scene")
-    plan = plan_of(scene_of_dataset(stored), job.options)
-    del stored
-    gc.collect()  # a Dataset that was read is part of a cycle: 120 MB
-    return read_survey(job), plan
+    return read_survey(job), plan_of(scene_of_dataset(stored), job.options)
 
 
 def reduce_shard(job: Job, first: int, last: int) -> None:

@@ -147,9 +147,9 @@ def prepare_whole(
     segment = _segment(size, rows)
     used = used[:rows, :columns]
     strips = used.reshape(-1, segment, columns)
-    donors, weights = _interpolation(used, size, gain)
     variance = noise[0] * np.maximum(scene[:rows, :columns], 0) + noise[1]
     slope = np.hypot(*terms[:2, :rows, :columns])
+    donors, weights = _interpolation(used, size, gain)
     row, column = np.divmod(donors, columns)
     plan = Whole(
         size=size,
@@ -213,8 +213,8 @@ def _interpolation(used: Bools, size: int, gain: Floats) -> tuple[npt.NDArray[np
     masked = np.flatnonzero(~used)
     row, column = np.divmod(masked, columns)
     position = (column, column, row, row)
-    found = [side.reshape(-1)[masked] for side in _nearest(used)]
-    found += [side.reshape(-1)[column * rows + row] for side in _nearest(used.T)]
+    found = [side[~used].astype(np.intp) for side in _nearest(used)]
+    found += [side.T[~used].astype(np.intp) for side in _nearest(used.T)]
     gap = [
         np.where(side >= 0, np.abs(side - here), 0).astype(np.float64)
         for side, here in zip(found, position, strict=True)
@@ -250,13 +250,13 @@ def _interpolation(used: Bools, size: int, gain: Floats) -> tuple[npt.NDArray[np
     return donors, weights
 
 
-def _nearest(used: Bools) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
+def _nearest(used: Bools) -> tuple[npt.NDArray[np.int16], npt.NDArray[np.int16]]:
     """Find the columns of the nearest used pixels to the left and right of every pixel; -1 if none."""
     n = used.shape[1]
-    column = np.arange(n, dtype=np.int32)
-    left = np.maximum.accumulate(np.where(used, column, -1), axis=1)
-    right = np.minimum.accumulate(np.where(used, column, n)[:, ::-1], axis=1)[:, ::-1]
-    return left, np.where(right == n, -1, right)
+    column = np.arange(n, dtype=np.int16)  # a CCD has 2048
+    left = np.maximum.accumulate(np.where(used, column, np.int16(-1)), axis=1)
+    right = np.minimum.accumulate(np.where(used, column, np.int16(n))[:, ::-1], axis=1)[:, ::-1]
+    return left, np.where(right == n, np.int16(-1), right)
 
 
 def reduce_whole(

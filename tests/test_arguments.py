@@ -144,7 +144,7 @@ PYTHON = [
     ({"bin": 7}, ValueError, "bin=7"),
     ({"bin": 16.0}, ValueError, "bin=16.0"),
     ({"bin": True}, ValueError, "bin=True"),
-    ({"statistic": "mode"}, ValueError, "allowed are median"),
+    ({"statistic": "mode"}, ValueError, "allowed are whole"),
     ({"errors": "none"}, ValueError, "'model' and 'uncert'"),
     ({"dark_frames": 0}, ValueError, "1 to 32"),
     ({"drop_quality": 70000}, ValueError, "0 to 65535"),

@@ -510,6 +510,19 @@ def test_no_angles_says_why():
     assert isinstance(report.summary(), str)
 
 
+def test_beyond_the_ephemeris_light_is_built_and_says_so():
+    root, _ = simulated(3, shape=(32, 32), start=4100.0)
+    store = new()
+    report = build(store, root=root, dark_frames=1, **CCD1)
+    assert report.counts["good"] == 3
+    assert "no angles" in report.summary()
+    assert "TJD 1270.5" in report.summary()  # the span, and below how to get more
+    assert "horizons" in report.summary()
+    ds = plain(store)
+    assert "earth_angle" not in ds
+    assert np.isfinite(ds["scattered_light"]).all()
+
+
 def test_progress_counts_every_step(sky):
     seen = []
     build(new(), root=sky, progress=lambda *step: seen.append(step), **PLAIN)

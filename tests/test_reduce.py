@@ -12,7 +12,7 @@ from test_scene import NOISE, frames_of
 
 from tessbkg import simulate
 from tessbkg.reduce import STATISTICS, median_variance, plan_reduction, reduce_frame
-from tessbkg.scene import make_scene
+from tessbkg.scene import make_scene, with_response
 
 
 def random_case(seed, shape, masked=0.15):
@@ -216,7 +216,7 @@ def test_error_bars_of_pure_noise(statistic, size):
 def test_accuracy_on_simulated_frames(kind, bars):
     sim = simulate.Simulation(frames=24, model=simulate.KINDS[kind])
     dark = [1, 2, 13] if kind == "few_dark" else [0, 1, 2, 3, 13, 14, 15, 16]
-    scene = make_scene(frames_of(sim, dark), NOISE, bright=frames_of(sim, [11]))
+    scene = with_response(make_scene(frames_of(sim, dark), NOISE), frames_of(sim, [11]))
     check = [0, 16] if kind == "few_dark" else [5, 17]
     frames = frames_of(sim, check)
     for size, bar in zip((16, 8), bars, strict=True):

@@ -8,7 +8,7 @@ import pytest
 from tessbkg import simulate
 from tessbkg.ccd import STRAP_COLUMNS
 from tessbkg.motion import expand, place, prepare_motion, scene_terms
-from tessbkg.scene import Mask, MaskOptions, fit_noise, make_mask, make_scene
+from tessbkg.scene import Mask, MaskOptions, fit_noise, make_mask, make_scene, with_response
 
 NOISE = (simulate.NOISE_A, simulate.NOISE_B)
 
@@ -87,7 +87,7 @@ def test_one_frame_and_frames_with_nan_make_a_scene():
 def test_response_of_straps_and_scene_of_full_size():
     sim = simulate.Simulation(frames=24)
     dark, bright = frames_of(sim, [0, 1, 2, 13, 14, 15]), frames_of(sim, [11])
-    scene = make_scene(dark, NOISE, bright=bright)
+    scene = with_response(make_scene(dark, NOISE), bright)
     straps = np.abs(scene.response - simulate._strap(sim))
     assert straps.max() < 1e-3
     assert (scene.response[STRAP_COLUMNS] > 1.01).all()
