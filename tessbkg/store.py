@@ -218,7 +218,8 @@ def create_group(group: Group, fields: Mapping[str, Any], *, overwrite: bool = F
             store = group.store()
             parts = group.path.split("/")
             for depth in range(len(parts)):
-                zarr.open_group(store, path="/".join(parts[:depth]), mode="a", zarr_format=3)
+                with contextlib.suppress(ContainsGroupError):  # another process was quicker
+                    zarr.open_group(store, path="/".join(parts[:depth]), mode="a", zarr_format=3)
             # Text, because NetCDF knows no nested attributes.
             found = {"layout": LAYOUT, "fields": json.dumps(fields)}
             try:
@@ -645,8 +646,8 @@ def open_background(
     --------
     >>> import tessbkg, tessbkg.simulate
     >>> _ = tessbkg.simulate.simulate("memory://src", frames=4, shape=(64, 64))
-    >>> _ = tessbkg.build("memory://out.zarr", sector=1, camera=1, ccd=4, root="memory://src", dark_frames=2)
-    >>> open_background("memory://out.zarr", sector=1, camera=1, ccd=4).scattered_light.shape
+    >>> _ = tessbkg.build("memory://opened.zarr", sector=1, camera=1, ccd=4, root="memory://src", dark_frames=2)
+    >>> open_background("memory://opened.zarr", sector=1, camera=1, ccd=4).scattered_light.shape
     (4, 4, 4)
     """
     group = Group.of(store, CCD(sector, camera, ccd), store_options)

@@ -181,6 +181,7 @@ def check_of(store):
         return [Finding("", f"not finished: {error}")]
 
 
+@pytest.mark.slow
 def test_a_thousand_faults_are_all_accounted_for(serve_folder, tmp_path, proxy):  # noqa: C901
     frames, chance = 240, random.Random(11)
     simulated(frames, shape=(64, 64), root=str(tmp_path / "data/bucket"))

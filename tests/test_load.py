@@ -56,6 +56,7 @@ def many(ministack, tmp_path, sectors: int) -> float:
     return seconds
 
 
+@pytest.mark.slow
 def test_sixteen_ccds_are_built_at_once_into_one_store(ministack, tmp_path):
     many(ministack, tmp_path, 1)
 
