@@ -646,8 +646,9 @@ def open_background(
     --------
     >>> import tessbkg, tessbkg.simulate
     >>> _ = tessbkg.simulate.simulate("memory://src", frames=4, shape=(64, 64))
-    >>> _ = tessbkg.build("memory://opened.zarr", sector=1, camera=1, ccd=4, root="memory://src", dark_frames=2)
-    >>> open_background("memory://opened.zarr", sector=1, camera=1, ccd=4).scattered_light.shape
+    >>> ccd = {"sector": 1, "camera": 1, "ccd": 4}
+    >>> _ = tessbkg.build("memory://opened.zarr", root="memory://src", dark_frames=2, **ccd)
+    >>> open_background("memory://opened.zarr", **ccd).scattered_light.shape
     (4, 4, 4)
     """
     group = Group.of(store, CCD(sector, camera, ccd), store_options)

@@ -66,6 +66,7 @@ def mounted(folder: Path, options: str):
 
 
 @pytest.mark.parametrize("kilobytes", some([8, 64, 200, 400], 64, 400))
+@pytest.mark.slow
 def test_a_full_disk(source, tmp_path, kilobytes):
     with mounted(tmp_path / "small", f"size={kilobytes}k") as folder:
         code, stderr = build(folder / "s.zarr", source)
