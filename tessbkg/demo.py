@@ -69,7 +69,9 @@ def draw(store: str, root: str, out: Path, ccd: CCD) -> list[Path]:
     stored = read_child(group, "scene")
     assert stored is not None  # the build that just ended wrote it
     ds = tessbkg.open_background(store, **asdict(ccd))
-    level = ds["scattered_light"].median(("y", "x")).to_numpy()
+    good = ds["frame_status"].to_numpy() == FrameStatus.GOOD
+    level = np.full(len(good), np.nan)
+    level[good] = ds["scattered_light"].isel(time=good).median(("y", "x"))
     i = (
         int(np.nanargmax(np.where(level < 100, level, np.nan)))
         if (level < 100).any()
