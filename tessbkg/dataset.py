@@ -457,8 +457,7 @@ def describe(ds: xr.Dataset, options: Options, dark_frames: tuple[str, ...]) -> 
         "units": UNITS,
         "long_name": "one-sigma error of scattered_light",
         "comment": "noise of the frame, of moved stars and of structure within the bin, and error of the "
-        "scene. The last is common to all frames: it does not average out in time, see scene_err. Errors "
-        "of neighbouring bins are independent but for a few per cent where masked pixels are interpolated",
+        "scene. The last is common to all frames: it does not average out in time, see scene_err",
     }
     identity = {name: ds.attrs[name] for name in ("sector", "camera", "ccd", "wcs") if name in ds.attrs}
     title = "TESS scattered light"
