@@ -141,6 +141,7 @@ def plan_of(scene: Scene, options: Options) -> Plan:
         noise=scene.noise,
         terms=scene.terms,
         response=scene.response,
+        spare=scene.spare,
     )
 
 

@@ -24,7 +24,7 @@ from tessbkg.motion import (
     prepare_motion,
     scene_terms,
 )
-from tessbkg.whole import Whole, prepare_whole, reduce_whole, weigh
+from tessbkg.whole import Whole, mean_of_used, prepare_whole, reduce_whole
 
 Floats = npt.NDArray[np.float32]
 Statistic = Literal["whole", "median", "mean", "clipped", "rolling", "sparse"]
@@ -54,6 +54,10 @@ STRUCTURE_SIMPLE: Final = (0.22, 0.4)
 ROBUST_SHARE: Final = 0.3
 """Error that moved stars leave in medians and clipped means, as a share of motion times blur: these do not
 follow the expansion, which is that of the mean."""
+
+AGREEMENT: Final = 4.0
+"""Squared differences of the two values of a bin count for more than the errors of both from this many times
+their sum on; the stars are to blame then."""
 
 NOTICED: Final = 80.0
 """Squared second differences count from this many variances of a bin on: 12 is what noise makes."""
@@ -89,6 +93,9 @@ class Plan:
         Noise law that weighs pixels.
     whole : Whole or None
         For `whole` and `mean`.
+    structure : tuple of (ny, nx) float32
+        Variance of a bin over the squared second differences of the light; for `whole` with spare pixels
+        a second one for them.
     motion : Motion
         Tracers of moving stars.
     terms : (5, ny, nx) float32
@@ -112,13 +119,14 @@ class Plan:
     scene_error: Floats
     noise: tuple[float, float]
     whole: Whole | None
+    structure: tuple[Floats, ...]
     motion: Motion
     terms: Floats
     blur: Floats
     fill: Filling
 
 
-def plan_reduction(  # noqa: PLR0915 (one plan, many parts)
+def plan_reduction(  # noqa: C901, PLR0915 (one plan, many parts)
     scene: Floats,
     mask: npt.NDArray[np.bool_],
     *,
@@ -128,6 +136,7 @@ def plan_reduction(  # noqa: PLR0915 (one plan, many parts)
     noise: tuple[float, float] | None = None,
     terms: Floats | None = None,
     response: Floats | None = None,
+    spare: npt.NDArray[np.bool_] | None = None,
 ) -> Plan:
     """Prepare the reduction of the frames of one CCD.
 
@@ -152,6 +161,9 @@ def plan_reduction(  # noqa: PLR0915 (one plan, many parts)
         What stars that move add, as :class:`tessbkg.scene.Scene` has it; by default by the scene's spline.
     response : (columns,) float32, optional
         Response of each column to light; 1 by default.
+    spare : (rows, columns) bool, optional
+        Masked pixels that show the light, but not as well: stars that are not too steep. `whole` makes use
+        of them where the light has structure.
 
     Raises
     ------
@@ -191,15 +203,16 @@ def plan_reduction(  # noqa: PLR0915 (one plan, many parts)
             terms=terms,
             noise=noise or NOISE,
             ceiling=CEILING,
+            spare=spare if statistic == "whole" else None,
         )
     motion = prepare_motion(scene, terms, noise or NOISE)
     if whole is not None and statistic == "whole":
-        filled = ~whole.reached
-        squares = weigh(whole, np.ones_like(scene), squared=True)
+        filled = ~whole.strict.reached
+        squares = whole.strict.weigh(np.ones_like(scene), squared=True)
         factor = np.where(filled, np.nan, np.sqrt(squares)).astype(np.float32)
         known = np.where(np.isfinite(scene_variance), scene_variance, 0).astype(np.float32)
-        still = weigh(whole, variance.astype(np.float32), squared=True)
-        scene_square = weigh(whole, known, squared=True)
+        still = whole.strict.weigh(variance.astype(np.float32), squared=True)
+        scene_square = whole.strict.weigh(known, squared=True)
         rise = np.asarray(a * squares, dtype=np.float32)
     else:
         factor = _error_factor(valid, counts, bin, statistic)
@@ -219,6 +232,9 @@ def plan_reduction(  # noqa: PLR0915 (one plan, many parts)
             blur = np.sqrt(steep.reshape(-1)[index])
         still, scene_square = still * factor**2, scene_square * factor**2
         rise = np.asarray(a * factor**2, dtype=np.float32)
+    used = [counts]
+    if whole is not None and whole.lenient is not None:
+        used.append(whole.lenient.n_used)
     fill = Filling(filled)
     scene_error = np.sqrt(scene_square).astype(np.float32)
     scene_error[filled] = np.nan
@@ -237,6 +253,7 @@ def plan_reduction(  # noqa: PLR0915 (one plan, many parts)
         scene_error=scene_error,
         noise=noise or NOISE,
         whole=whole,
+        structure=tuple(_structure(statistic, bin, n) for n in used),
         motion=motion,
         terms=moving,
         blur=blur,
@@ -273,25 +290,23 @@ def reduce_frame(flux: Floats, plan: Plan, flux_err: Floats | None = None) -> tu
     """
     if flux.shape != plan.subtract.shape:
         raise ValueError(f"frame of shape {flux.shape} does not fit a scene of shape {plan.subtract.shape}")
-    more: Floats
-    if plan.statistic == "sparse":
-        value = _sparse(flux, plan)
-    elif plan.statistic == "rolling":
-        value = _rolling(flux, plan)
-    elif plan.whole is not None:
-        flux = np.ascontiguousarray(flux)
-        value, more = reduce_whole(flux, plan.whole, plan.motion, plain=plan.statistic == "mean")
+    others: list[tuple[Floats, Floats]] = []
+    if plan.statistic == "whole" and plan.whole is not None:
+        (value, moved), *others = reduce_whole(np.ascontiguousarray(flux), plan.whole, plan.motion)
     else:
-        value = _blockwise(flux, plan)
-    if plan.statistic != "whole":
-        more = _take_motion_off(value, flux, plan)
+        value = _statistic(flux, plan)
+        moved = _take_motion_off(value, flux, plan)
     if flux_err is None:
         variance = plan.still + plan.rise * np.maximum(value, 0)
     else:
         variance = _pixel_variance(flux, flux_err, plan) * plan.factor**2
     with np.errstate(invalid="ignore"):
-        variance += np.square(plan.scene_error) + np.square(more)
-        error = np.sqrt(variance + _structure(value, variance, plan))
+        variance += np.square(plan.scene_error)
+        bend = _bend(value, variance + np.square(moved))
+        uncertain = np.square(moved) + plan.structure[0] * bend
+        for other, other_moved in others:
+            _blend(value, uncertain, other, np.square(other_moved) + plan.structure[1] * bend)
+        error = np.sqrt(variance + uncertain)
     error[np.isnan(value)] = np.nan
     plan.fill(value)
     plan.fill(error)
@@ -311,22 +326,50 @@ def _take_motion_off(value: Floats, flux: Floats, plan: Plan) -> Floats:
     return np.float32(expansion_error(distance_of(moved))) * plan.blur
 
 
-def _structure(value: Floats, variance: Floats, plan: Plan) -> Floats:
-    """Variance of bins for the structure of the light, which no statistic follows exactly."""
-    if plan.statistic == "sparse":
-        constant, masked = 1.0, 0.0
-    else:
-        constant, masked = STRUCTURE.get(plan.statistic, STRUCTURE_SIMPLE)
-    if plan.statistic == "whole":
-        scale = min(16 / plan.size, 2.0)
-        constant, masked = scale * constant, scale * masked
-    share = constant + masked * (1 - plan.n_pixels / np.float32(plan.size**2))
+def _bend(value: Floats, variance: Floats) -> Floats:
+    """Squared second differences from bin to bin beyond those that noise makes."""
     bend = np.zeros_like(value)
     for image, out in ((value, bend), (value.T, bend.T)):
         if len(image) > 2:
             second = np.square(image[2:] + image[:-2] - 2 * image[1:-1])
             out[1:-1] += np.nan_to_num(second)
-    return np.asarray(np.square(share) * np.maximum(bend - NOTICED * variance, 0), dtype=np.float32)
+    return np.maximum(bend - NOTICED * variance, 0)
+
+
+def _structure(statistic: str, size: int, used: npt.NDArray[np.intp]) -> Floats:
+    """Variance of bins where light has structure, over its squared second differences."""
+    if statistic == "sparse":
+        constant, masked = 1.0, 0.0
+    else:
+        constant, masked = STRUCTURE.get(statistic, STRUCTURE_SIMPLE)
+    if statistic == "whole":
+        scale = min(16 / size, 2.0)
+        constant, masked = scale * constant, scale * masked
+    share = constant + masked * (1 - used / np.float32(size**2))
+    return np.asarray(np.square(share), dtype=np.float32)
+
+
+def _blend(value: Floats, variance: Floats, other: Floats, other_variance: Floats) -> None:
+    """Weigh two values of each bin that differ by what stars and structure do to them, in place.
+
+    Where they differ by more than both variances allow, `other` counts less.
+    """
+    difference = np.nan_to_num(other - value)
+    other_variance = np.maximum(other_variance, difference**2 / AGREEMENT - variance)
+    total = variance + other_variance
+    share = np.where(np.isfinite(other) & (total > 0), variance / np.maximum(total, 1e-30), 0)
+    value += share * difference
+    variance += share * (share * total - 2 * variance)  # (1 - share)^2 variance + share^2 other_variance
+
+
+def _statistic(flux: Floats, plan: Plan) -> Floats:
+    if plan.statistic == "sparse":
+        return _sparse(flux, plan)
+    if plan.statistic == "rolling":
+        return _rolling(flux, plan)
+    if plan.whole is not None:
+        return mean_of_used(np.ascontiguousarray(flux), plan.whole)
+    return _blockwise(flux, plan)
 
 
 def _pixel_variance(flux: Floats, flux_err: Floats, plan: Plan) -> Floats:
@@ -336,8 +379,8 @@ def _pixel_variance(flux: Floats, flux_err: Floats, plan: Plan) -> Floats:
         return variance.reshape(-1)[np.maximum(plan.pixel, 0)]
     used = np.isfinite(plan.subtract) & np.isfinite(variance) & np.isfinite(flux)
     if plan.whole is not None:
-        rows, columns = plan.whole.used.shape
-        used[:rows, :columns] &= plan.whole.used
+        rows, columns = plan.whole.strict.used.shape
+        used[:rows, :columns] &= plan.whole.strict.used
     counts = _blocks(used, plan.size).sum(axis=2)
     return _mean(np.where(used, variance, 0), counts, plan.size)
 

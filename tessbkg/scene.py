@@ -69,6 +69,10 @@ STRAP_LIGHT: Final = 1.0
 """Light, electron s-1, below which a block of rows does not tell a response."""
 
 
+SPARE_SLOPE: Final = 1000.0
+"""Pixels of stars where the scene is steeper, electron s-1 per pixel, never show the light."""
+
+
 class Mask(IntFlag):
     """Bits of the scene's mask."""
 
@@ -141,6 +145,14 @@ class Scene:
     dark_frames: tuple[str, ...] = ()
     terms: Floats | None = None
     response: Floats | None = None
+
+    @property
+    def spare(self) -> npt.NDArray[np.bool_] | None:
+        """(rows, columns) masked pixels that show the light, if not as well: stars that are not too steep."""
+        if self.terms is None:
+            return None
+        steep = np.hypot(self.terms[0], self.terms[1]) > SPARE_SLOPE
+        return np.asarray((self.mask == Mask.STAR) & ~steep)
 
 
 def fit_noise(flux: Floats, flux_err: Floats) -> tuple[float, float]:

@@ -6,6 +6,9 @@ and just beyond the bin, whose weights never change: planes are reproduced exact
 cuts a bin hardly matters, the error of the sum follows from the noise law, and what moved stars add to the
 sum is five static images of bins (:mod:`tessbkg.motion`). Only outliers, such as cosmic rays, need a look
 at pixels.
+
+A second value of every bin lets stars in that are not too steep. It suffers more from their motion, but sees
+edges of the light where they stand: :func:`tessbkg.reduce.reduce_frame` takes of each value what it is worth.
 """
 
 from __future__ import annotations
@@ -38,6 +41,69 @@ _RING: Final = np.array([(r, c) for r in range(-2, 3) for c in range(-2, 3) if m
 
 
 @dataclass(frozen=True, eq=False)
+class Selection:
+    """Which pixels count, and how the others are interpolated from them.
+
+    Parameters
+    ----------
+    size : int
+        Pixels along the side of a bin.
+    gain : (columns,) float32
+        What a pixel of each column is multiplied by: the inverse of its response.
+    used : (rows, columns) bool
+        Pixels that count, of whole bins only.
+    masked : list of int arrays
+        For every strip the flat indices of pixels that do not.
+    n_used : (ny, nx) int
+    donors : (n,) int
+        Flat indices of the pixels that others are interpolated from.
+    weights : sparse (bins, n) float32
+        What each donor adds to a bin beside its share in the plain sum.
+    offset : (ny, nx) float32
+        `weights` applied to the scene.
+    terms : (5, ny, nx) float32
+        What moved stars add (:mod:`tessbkg.motion`).
+    blur : (ny, nx) float32
+        Weighted root sum of squares of the slopes of the scene: what a badly told motion does to a bin.
+    """
+
+    size: int
+    gain: Floats
+    used: Bools
+    masked: list[npt.NDArray[np.intp]]
+    n_used: npt.NDArray[np.intp]
+    donors: npt.NDArray[np.intp]
+    weights: sparse.csr_array
+    offset: Floats
+    terms: Floats
+    blur: Floats
+
+    @property
+    def reached(self) -> Bools:
+        """(ny, nx) bins whose value any pixel says something of."""
+        donated = np.diff(self.weights.indptr).reshape(self.n_used.shape) > 0
+        return np.asarray((self.n_used > 0) | donated)
+
+    def weigh(self, image: Floats, *, squared: bool = False) -> Floats:
+        """Sum an image with the weights of every bin, or with their squares."""
+        (ny, nx), size = self.n_used.shape, self.size
+        share = self.gain[: nx * size] / np.float32(size * size)
+        weights = self.weights
+        if squared:
+            entries = weights.tocoo()
+            row, column = np.divmod(self.donors, image.shape[1])
+            home = np.minimum(row // size, ny - 1) * nx + np.minimum(column // size, nx - 1)
+            inside = np.where(home[entries.col] == entries.row, share[column[entries.col]], 0)
+            data = entries.data * (entries.data + 2 * inside)
+            weights = sparse.csr_array((data, (entries.row, entries.col)), shape=entries.shape)
+            share = share**2
+        inner = np.where(self.used, image[: ny * size, : nx * size] * share, 0)
+        total = inner.reshape(ny, size, nx, size).sum(axis=(1, 3), dtype=np.float64)
+        total += (weights @ image.reshape(-1)[self.donors]).reshape(ny, nx)
+        return np.asarray(total, dtype=np.float32)
+
+
+@dataclass(frozen=True, eq=False)
 class Whole:
     """What is static; made by :func:`prepare_whole`.
 
@@ -51,59 +117,36 @@ class Whole:
         Rows of a strip.
     scene : (rows, columns) float32, electron s-1
         0 where it is not known.
-    used : (rows, columns) bool
-        Pixels that are not masked, of whole bins only.
-    masked : list of int arrays
-        For every strip the flat indices of its masked pixels.
     gain : (columns,) float32
         What a pixel of each column is multiplied by: the inverse of its response.
-    n_used : (ny, nx) int
     n_segment : (strips, columns) float32
-        Used pixels of each column of each strip.
+        Unmasked pixels of each column of each strip.
     variance : (strips, columns) float32
-        Largest variance of a used pixel without light.
+        Largest variance of an unmasked pixel without light.
     slope : (strips, columns) float32
-        Largest slope of the scene at a used pixel, electron s-1 per pixel.
-    donors : (n,) int
-        Flat indices of the pixels that masked pixels are interpolated from.
-    weights : sparse (bins, n) float32
-        What each donor adds to a bin beside its share in the plain sum.
-    offset : (ny, nx) float32
-        `weights` applied to the scene.
-    terms : (5, ny, nx) float32
-        What moved stars add (:mod:`tessbkg.motion`).
-    blur : (ny, nx) float32
-        Weighted root sum of squares of the slopes of the scene: what a badly told motion does to a bin.
+        Largest slope of the scene at an unmasked pixel, electron s-1 per pixel.
     noise : (float, float)
         a and b of the noise law.
     ceiling : float
         Pixels this far above the scene are saturated, electron s-1.
+    strict : Selection
+        Pixels that are not masked.
+    lenient : Selection or None
+        And the spare ones; None if there are none.
     """
 
     size: int
     shape: tuple[int, int]
     segment: int
     scene: Floats
-    used: Bools
-    masked: list[npt.NDArray[np.intp]]
     gain: Floats
-    n_used: npt.NDArray[np.intp]
     n_segment: Floats
     variance: Floats
     slope: Floats
-    donors: npt.NDArray[np.intp]
-    weights: sparse.csr_array
-    offset: Floats
-    terms: Floats
-    blur: Floats
     noise: tuple[float, float]
     ceiling: float
-
-    @property
-    def reached(self) -> Bools:
-        """(ny, nx) bins whose value any pixel says something of."""
-        donated = np.diff(self.weights.indptr).reshape(self.shape) > 0
-        return np.asarray((self.n_used > 0) | donated)
+    strict: Selection
+    lenient: Selection | None
 
     def bins(self, pixel: npt.NDArray[np.intp]) -> npt.NDArray[np.intp]:
         """Flat indices of the bins (the nearest ones) of flat indices of pixels."""
@@ -125,6 +168,7 @@ def prepare_whole(
     terms: Floats,
     noise: tuple[float, float],
     ceiling: float,
+    spare: Bools | None = None,
 ) -> Whole:
     """Prepare the kernel.
 
@@ -140,62 +184,58 @@ def prepare_whole(
         a and b of the noise law.
     ceiling : float
         Pixels this far above the scene are saturated, electron s-1.
+    spare : (rows, columns) bool, optional
+        Pixels that count where the light has structure.
     """
     ny, nx = (n // size for n in scene.shape)
     rows, columns = ny * size, nx * size
     scene = np.where(np.isfinite(scene), scene, 0).astype(np.float32)
     segment = _segment(size, rows)
-    used = used[:rows, :columns]
-    strips = used.reshape(-1, segment, columns)
+    lenient = None
+    if spare is not None and (spare & ~used).any():
+        lenient = _select(scene, used | spare, size=size, segment=segment, gain=gain, terms=terms)
+    strict = _select(scene, used, size=size, segment=segment, gain=gain, terms=terms)
+    strips = strict.used.reshape(-1, segment, columns)
     variance = noise[0] * np.maximum(scene[:rows, :columns], 0) + noise[1]
     slope = np.hypot(*terms[:2, :rows, :columns])
-    donors, weights = _interpolation(used, size, gain)
-    row, column = np.divmod(donors, columns)
-    plan = Whole(
+    return Whole(
         size=size,
         shape=(ny, nx),
         segment=segment,
         scene=scene,
-        used=used,
-        masked=[np.flatnonzero(~strip) for strip in strips],
         gain=gain,
-        n_used=used.reshape(ny, size, nx, size).sum(axis=(1, 3)),
         n_segment=strips.sum(axis=1).astype(np.float32),
         variance=np.where(strips, variance.reshape(strips.shape), 0).max(axis=1),
         slope=np.where(strips, slope.reshape(strips.shape), 0).max(axis=1),
+        noise=noise,
+        ceiling=ceiling,
+        strict=strict,
+        lenient=lenient,
+    )
+
+
+def _select(scene: Floats, used: Bools, *, size: int, segment: int, gain: Floats, terms: Floats) -> Selection:
+    ny, nx = (n // size for n in scene.shape)
+    rows, columns = ny * size, nx * size
+    used = used[:rows, :columns]
+    donors, weights = _interpolation(used, size, gain)
+    row, column = np.divmod(donors, columns)
+    selection = Selection(
+        size=size,
+        gain=gain,
+        used=used,
+        masked=[np.flatnonzero(~strip) for strip in used.reshape(-1, segment, columns)],
+        n_used=used.reshape(ny, size, nx, size).sum(axis=(1, 3)),
         donors=row * scene.shape[1] + column,
         weights=weights,
         offset=(weights @ scene[row, column]).reshape(ny, nx),
         terms=np.empty((TERMS, ny, nx), dtype=np.float32),
         blur=np.empty((ny, nx), dtype=np.float32),
-        noise=noise,
-        ceiling=ceiling,
     )
     for k in range(TERMS):
-        plan.terms[k] = weigh(plan, terms[k])
-    plan.blur[...] = np.sqrt(weigh(plan, terms[0] ** 2 + terms[1] ** 2, squared=True))
-    return plan
-
-
-def weigh(plan: Whole, image: Floats, *, squared: bool = False) -> Floats:
-    """Sum an image with the weights of every bin, or with their squares."""
-    ny, nx = plan.shape
-    size = plan.size
-    share = plan.gain[: nx * size] / np.float32(size * size)
-    weights = plan.weights
-    if squared:
-        entries = weights.tocoo()
-        own = plan.bins(plan.donors)[entries.col] == entries.row
-        inside = np.where(own, share[plan.columns(plan.donors)[entries.col]], 0)
-        data = entries.data * (entries.data + 2 * inside)
-        weights = sparse.csr_array((data, (entries.row, entries.col)), shape=entries.shape)
-        share = share**2
-    inner = image[: ny * size, : nx * size]
-    total = (
-        np.where(plan.used, inner * share, 0).reshape(ny, size, nx, size).sum(axis=(1, 3), dtype=np.float64)
-    )
-    total += (weights @ image.reshape(-1)[plan.donors]).reshape(ny, nx)
-    return np.asarray(total, dtype=np.float32)
+        selection.terms[k] = selection.weigh(terms[k])
+    selection.blur[...] = np.sqrt(selection.weigh(terms[0] ** 2 + terms[1] ** 2, squared=True))
+    return selection
 
 
 def _segment(size: int, rows: int) -> int:
@@ -259,76 +299,107 @@ def _nearest(used: Bools) -> tuple[npt.NDArray[np.int16], npt.NDArray[np.int16]]
     return left, np.where(right == n, np.int16(-1), right)
 
 
-def reduce_whole(
-    flux: Floats, plan: Whole, motion: Motion | None, *, plain: bool = False
-) -> tuple[Floats, Floats]:
+def reduce_whole(flux: Floats, plan: Whole, motion: Motion) -> list[tuple[Floats, Floats]]:
     """Reduce one frame.
 
     Parameters
     ----------
     flux : (rows, columns) float32, electron s-1
     plan : Whole
-    motion : Motion or None
-        Tracers of the scene; without, stars are taken to stand still.
-    plain : bool
-        Stop at the mean of the used pixels.
+    motion : Motion
+        Tracers of the scene.
 
     Returns
     -------
-    value : (ny, nx) float32, electron s-1
-        NaN where no pixel says anything and where a used pixel is saturated.
-    error : (ny, nx) float32, electron s-1
-        What may be wrong with what moved stars add, which is taken off the value.
+    list of (value, error), each (ny, nx) float32, electron s-1
+        Of the strict selection and, if there is one, the lenient one. Values are NaN where no pixel says
+        anything and where an unmasked pixel is saturated; errors are of what moved stars add, which is taken
+        off the values.
     """
-    ny, nx = plan.shape
-    size = plan.size
-    sums, highest, lost = _sum_strips(flux, plan)
+    size, (rows, columns) = plan.size, flux.shape
+    sums, more, highest, lost = _sum_strips(flux, plan)
+    mean = _mean(sums, lost, plan.strict)
+    moved = motion.fit(flux, mean.reshape(-1)[plan.bins(motion.pixel)], plan.noise)
+    outliers = _outliers(flux, plan, sums, highest, moved)
+    y, x = (np.arange(n) * size + (size - 1) / 2 for n in plan.shape)
+    y, x = place(y, rows)[:, None], place(x, columns)
+    off = np.float32(expansion_error(distance_of(moved)))
+    found = []
+    for selection, total in ((plan.strict, sums), (plan.lenient, more)):
+        if selection is None or total is None:
+            continue
+        gone = lost if selection is plan.strict else None
+        donated = flux.reshape(-1)[selection.donors]
+        mean = _mean(total, gone, selection)
+        if gone is not None:
+            _replace_lost(donated, mean, plan)
+        value = _interpolated(mean, donated, plan, selection, outliers)
+        value -= expand(moved, selection.terms, y, x)
+        found.append((value, off * selection.blur))
+    return found
+
+
+def mean_of_used(flux: Floats, plan: Whole) -> Floats:
+    """Mean of the unmasked pixels of each bin, as they are."""
+    sums, _, _, lost = _sum_strips(flux, plan)
+    return _mean(sums, lost, plan.strict)
+
+
+def _mean(sums: Floats, lost: Floats | None, selection: Selection) -> Floats:
+    """Mean of the pixels that count; NaN where there are none."""
+    (ny, nx), size = selection.n_used.shape, selection.size
     fold = (ny, -1, nx, size)
-    total = (sums * plan.gain[: nx * size]).reshape(fold).sum(axis=(1, 3))
-    number = plan.n_used.astype(np.float32)
+    total = (sums * selection.gain[: nx * size]).reshape(fold).sum(axis=(1, 3))
+    number = selection.n_used.astype(np.float32)
     if lost is not None:
         number -= lost.reshape(fold).sum(axis=(1, 3))
     with np.errstate(invalid="ignore", divide="ignore"):
-        mean = np.where(number > 0, total / number, np.float32(np.nan))
-    if plain:
-        return mean, np.zeros_like(mean)
-    donated = flux.reshape(-1)[plan.donors]
-    if lost is not None:
-        _replace_lost(donated, mean, plan)
-    value = np.where(plan.n_used > 0, mean * (plan.n_used.astype(np.float32) / size**2), 0) - plan.offset
-    moved = np.zeros(6)
-    if motion is not None:
-        moved = motion.fit(flux, mean.reshape(-1)[plan.bins(motion.pixel)], plan.noise)
-    pixel, change = _outliers(flux, plan, sums, highest, moved)
-    if pixel.size:
-        gain = plan.gain[plan.columns(pixel)]
-        np.add.at(value.reshape(-1), plan.bins(pixel), change * gain / np.float32(size**2))
-        if plan.donors.size:
-            at = np.minimum(np.searchsorted(plan.donors, pixel), len(plan.donors) - 1)
-            hit = plan.donors[at] == pixel
+        return np.where(number > 0, total / number, np.float32(np.nan))
+
+
+def _interpolated(
+    mean: Floats,
+    donated: Floats,
+    plan: Whole,
+    selection: Selection,
+    outliers: tuple[npt.NDArray[np.intp], Floats],
+) -> Floats:
+    """Mean over all pixels of each bin, those that do not count interpolated and outliers changed."""
+    area = np.float32(plan.size**2)
+    value = np.where(selection.n_used > 0, mean * (selection.n_used / area), 0) - selection.offset
+    value = value.astype(np.float32)
+    outlier, change = outliers
+    if outlier.size:
+        np.add.at(value.reshape(-1), plan.bins(outlier), change * plan.gain[plan.columns(outlier)] / area)
+        if selection.donors.size:
+            at = np.minimum(np.searchsorted(selection.donors, outlier), len(selection.donors) - 1)
+            hit = selection.donors[at] == outlier
             donated[at[hit]] += change[hit]
-    value += (plan.weights @ donated).reshape(ny, nx)
-    rows, columns = flux.shape
-    y, x = (np.arange(n) * size + (size - 1) / 2 for n in plan.shape)
-    value -= expand(moved, plan.terms, place(y, rows)[:, None], place(x, columns))
-    value[~plan.reached] = np.nan
-    return value, np.float32(expansion_error(distance_of(moved))) * plan.blur
+    value += (selection.weights @ donated).reshape(plan.shape)
+    value[~selection.reached] = np.nan
+    return value
 
 
-def _sum_strips(flux: Floats, plan: Whole) -> tuple[Floats, Floats, Floats | None]:
-    """Give sums, highest pixels and, unless none is lost, numbers of lost pixels along columns.
+def _sum_strips(flux: Floats, plan: Whole) -> tuple[Floats, Floats | None, Floats, Floats | None]:
+    """Give strict and lenient sums, highest pixels and (unless none is lost) numbers of lost, by columns.
 
     Sums and numbers are of parts of strips that are no longer than a bin, highest pixels of whole strips.
+    Lenient sums are NaN where a pixel is lost.
     """
-    segment, columns = plan.segment, plan.used.shape[1]
+    segment, columns = plan.segment, plan.strict.used.shape[1]
     strip = np.empty((segment, columns), dtype=np.float32)
     flat, parts = strip.reshape(-1), strip.reshape(-1, min(segment, plan.size), columns)
-    sums = np.empty((len(plan.masked), len(parts), columns), dtype=np.float32)
-    highest = np.empty((len(plan.masked), columns), dtype=np.float32)
+    strips = len(plan.strict.masked)
+    sums = np.empty((strips, len(parts), columns), dtype=np.float32)
+    more = None if plan.lenient is None else np.empty_like(sums)
+    highest = np.empty((strips, columns), dtype=np.float32)
     lost = None
-    for j, masked in enumerate(plan.masked):
+    for j, masked in enumerate(plan.strict.masked):
         rows = slice(j * segment, (j + 1) * segment)
         np.subtract(flux[rows, :columns], plan.scene[rows, :columns], out=strip)
+        if more is not None and plan.lenient is not None:
+            flat[plan.lenient.masked[j]] = 0
+            np.add.reduce(parts, axis=1, out=more[j])
         flat[masked] = 0
         np.maximum.reduce(strip, axis=0, out=highest[j])
         if not highest[j].max() < plan.ceiling:
@@ -340,15 +411,15 @@ def _sum_strips(flux: Floats, plan: Whole) -> tuple[Floats, Floats, Floats | Non
             np.maximum.reduce(strip, axis=0, out=highest[j])
             strip[strip >= plan.ceiling] = np.nan
         np.add.reduce(parts, axis=1, out=sums[j])
-    return sums, highest, lost
+    return sums, more, highest, lost
 
 
 def _replace_lost(donated: Floats, mean: Floats, plan: Whole) -> None:
     """Put the mean of their bin in the place of donors that are NaN, and NaN where they are saturated."""
-    donated[donated - plan.scene.reshape(-1)[plan.donors] >= plan.ceiling] = np.inf
+    donated[donated - plan.scene.reshape(-1)[plan.strict.donors] >= plan.ceiling] = np.inf
     bad = np.flatnonzero(np.isnan(donated))
     if bad.size:
-        pixel = plan.donors[bad]
+        pixel = plan.strict.donors[bad]
         light = mean.reshape(-1)[plan.bins(pixel)] / plan.gain[plan.columns(pixel)]
         donated[bad] = plan.scene.reshape(-1)[pixel] + light
     donated[np.isinf(donated)] = np.nan
@@ -358,7 +429,7 @@ def _outliers(
     flux: Floats, plan: Whole, sums: Floats, highest: Floats, moved: npt.NDArray[np.float64]
 ) -> tuple[npt.NDArray[np.intp], Floats]:
     """Flat indices of outliers and what is to be added to them to make them like the pixels around."""
-    segment, columns = plan.segment, plan.used.shape[1]
+    segment, columns = plan.segment, plan.strict.used.shape[1]
     a, b = plan.noise
     mean = (sums[:, 0] if sums.shape[1] == 1 else sums.sum(axis=1)) / np.maximum(plan.n_segment, 1)
     above = highest - mean
@@ -376,17 +447,17 @@ def _outliers(
         return nothing
     row = j[:, None] * segment + np.arange(segment)
     across = np.broadcast_to(column[:, None], row.shape)
-    rest = np.where(plan.used[row, across], flux[row, across] - plan.scene[row, across], -np.inf)
+    rest = np.where(plan.strict.used[row, across], flux[row, across] - plan.scene[row, across], -np.inf)
     level = (mean + reach)[j, column][:, None]
     hit = (rest > level) & (rest < plan.ceiling)
     row, column, rest = row[hit], across[hit], rest[hit]
     if not row.size:
         return nothing
     r, c = row[:, None] + _RING[:, 0], column[:, None] + _RING[:, 1]
-    inside = (r >= 0) & (r < plan.used.shape[0]) & (c >= 0) & (c < columns)
+    inside = (r >= 0) & (r < plan.strict.used.shape[0]) & (c >= 0) & (c < columns)
     r, c = np.where(inside, r, row[:, None]), np.where(inside, c, column[:, None])
     around = flux[r, c] - plan.scene[r, c]
-    around[~(inside & plan.used[r, c] & np.isfinite(around))] = np.inf
+    around[~(inside & plan.strict.used[r, c] & np.isfinite(around))] = np.inf
     around.sort(axis=1)
     number = np.isfinite(around).sum(axis=1)
     top = around[np.arange(len(row)), np.maximum(number - 1, 0)]

@@ -118,6 +118,31 @@ def test_whole_bins_follow_an_edge():
     assert np.abs(median - 100 * 5 / 16).min() > 30
 
 
+def test_stars_tell_where_an_edge_is_but_not_when_they_moved():
+    random = np.random.default_rng(0)
+    star, edge = np.zeros((2, 256, 256), np.float32)
+    mask = random.random(star.shape) < 0.02
+    for row, column in random.integers(8, 248, (60, 2)):
+        star[row - 2 : row + 3, column - 2 : column + 3] += 100
+    mask |= star > 0
+    edge[:, 107:] = 200
+    flux = 50 + star + edge + random.normal(0, 0.2, star.shape).astype(np.float32)
+    truth = edge.reshape(16, 16, 16, 16).mean(axis=(1, 3))
+
+    def off(frame, spare):
+        plan = plan_reduction(50 + star, mask, bin=16, noise=(0.0, 0.04), spare=spare)
+        value, error = reduce_frame(frame, plan)
+        return value - truth, error
+
+    (with_stars, small), (without, large) = off(flux, star > 0), off(flux, None)
+    assert np.abs(with_stars).max() < 0.5 * np.abs(without).max()
+    assert small[:, 6].mean() < large[:, 6].mean()
+    # Stars twice as bright, which the plan does not know of: what they show is not believed.
+    bright, usual = off(flux + star, star > 0)[0], off(flux + star, None)[0]
+    quiet = np.r_[:5, 9:16]
+    assert np.abs(bright - usual)[:, quiet].max() < 0.1
+
+
 def test_cosmic_rays_do_not_count_in_whole_bins_but_edges_do():
     flux, mask = random_case(5, (128, 128), 0.02)
     plan = plan_reduction(np.zeros_like(flux), mask, bin=16, noise=(0.0, 1.0))
