@@ -51,9 +51,14 @@ pixels; for `whole` it goes with the inverse of the size of bins, up to twice th
 STRUCTURE_SIMPLE: Final = (0.22, 0.4)
 """The same for the other statistics."""
 
-ROBUST_SHARE: Final = 0.3
+ROBUST_SHARE: Final = {"median": (0.24, 2.2), "clipped": (0.25, 2.9), "rolling": (0.27, 1.85)}
 """Error that moved stars leave in medians and clipped means, as a share of motion times blur: these do not
-follow the expansion, which is that of the mean."""
+follow the expansion, which is that of the mean. A constant, and what comes with the inverse of the size of
+bins, as the pixels of a star move together."""
+
+ROLLING_SHARE: Final = 0.03
+"""Error of medians of medians of unevenly masked windows, as a share of the change of the light from bin to
+bin."""
 
 AGREEMENT: Final = 4.0
 """Squared differences of the two values of a bin count for more than the errors of both from this many times
@@ -96,6 +101,9 @@ class Plan:
     structure : tuple of (ny, nx) float32
         Variance of a bin over the squared second differences of the light; for `whole` with spare pixels
         a second one for them.
+    lopsided : (2, ny, nx) float32 or None
+        Rows and columns, in bins, by which the pixels of a bin lie off its centre on average; None for
+        `whole` and `sparse`, which have no such error.
     motion : Motion
         Tracers of moving stars.
     terms : (5, ny, nx) float32
@@ -120,6 +128,7 @@ class Plan:
     noise: tuple[float, float]
     whole: Whole | None
     structure: tuple[Floats, ...]
+    lopsided: Floats | None
     motion: Motion
     terms: Floats
     blur: Floats
@@ -254,6 +263,7 @@ def plan_reduction(  # noqa: C901, PLR0915 (one plan, many parts)
         noise=noise or NOISE,
         whole=whole,
         structure=tuple(_structure(statistic, bin, n) for n in used),
+        lopsided=None if statistic in {"whole", "sparse"} else _lopsided(valid, bin, statistic),
         motion=motion,
         terms=moving,
         blur=blur,
@@ -304,6 +314,8 @@ def reduce_frame(flux: Floats, plan: Plan, flux_err: Floats | None = None) -> tu
         variance += np.square(plan.scene_error)
         bend = _bend(value, variance + np.square(moved))
         uncertain = np.square(moved) + plan.structure[0] * bend
+        if plan.lopsided is not None:
+            uncertain += _uneven(value, plan.lopsided, ROLLING_SHARE if plan.statistic == "rolling" else 0)
         for other, other_moved in others:
             _blend(value, uncertain, other, np.square(other_moved) + plan.structure[1] * bend)
         error = np.sqrt(variance + uncertain)
@@ -320,7 +332,8 @@ def _take_motion_off(value: Floats, flux: Floats, plan: Plan) -> Floats:
     at = np.minimum(row // plan.size, ny - 1), np.minimum(column // plan.size, nx - 1)
     moved = motion.fit(flux, value[at], plan.noise)
     if plan.statistic not in {"mean", "sparse"}:
-        return np.float32(ROBUST_SHARE * distance_of(moved)) * plan.blur
+        constant, together = ROBUST_SHARE[plan.statistic]
+        return np.float32((constant + together / plan.size) * distance_of(moved)) * plan.blur
     y, x = (np.arange(n) * plan.size + (plan.size - 1) / 2 for n in plan.shape)
     value -= expand(moved, plan.terms, place(y, flux.shape[0])[:, None], place(x, flux.shape[1]))
     return np.float32(expansion_error(distance_of(moved))) * plan.blur
@@ -347,6 +360,47 @@ def _structure(statistic: str, size: int, used: npt.NDArray[np.intp]) -> Floats:
         constant, masked = scale * constant, scale * masked
     share = constant + masked * (1 - used / np.float32(size**2))
     return np.asarray(np.square(share), dtype=np.float32)
+
+
+def _lopsided(valid: npt.NDArray[np.bool_], size: int, statistic: str) -> Floats:
+    """Rows and columns, in bins, by which the pixels that a statistic is of lie off the centres of bins."""
+    ny, nx = (n // size for n in valid.shape)
+    there = valid[: ny * size, : nx * size].astype(np.float64)
+    centre = (size - 1) / 2
+    places = np.array(np.meshgrid(np.arange(ny * size), np.arange(nx * size), indexing="ij")) * there
+    overlap = statistic == "rolling"
+    for _ in range(size.bit_length() - 1 if overlap else 1):
+        # A window counts as one pixel for the next, whatever it is of.
+        number, *sums = (
+            _overlapping(image) if overlap else _block_sums(image, size) for image in (there, *places)
+        )
+        there = (number > 0).astype(np.float64)
+        places = np.array(sums) / np.maximum(number, 1)
+    off = places - np.array(np.meshgrid(np.arange(ny), np.arange(nx), indexing="ij")) * size - centre
+    return np.asarray(np.where(there > 0, off / size, 0), dtype=np.float32)
+
+
+def _overlapping(image: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Sum over the windows of `rolling`."""
+    windows = np.lib.stride_tricks.sliding_window_view(np.pad(image, 1), (4, 4))[::2, ::2]
+    return np.asarray(windows.sum(axis=(2, 3)))
+
+
+def _block_sums(image: npt.NDArray[np.floating], size: int) -> npt.NDArray[np.float64]:
+    """Sum over bins."""
+    ny, nx = (n // size for n in image.shape)
+    inner = image[: ny * size, : nx * size].reshape(ny, size, nx, size)
+    return np.asarray(inner.sum(axis=(1, 3), dtype=np.float64))
+
+
+def _uneven(value: Floats, lopsided: Floats, share: float) -> Floats:
+    """Variance of bins whose pixels lie off the centre by `lopsided` bins, where the light has slopes."""
+    slopes = [
+        np.nan_to_num(np.gradient(value, axis=axis)) if n > 1 else np.zeros_like(value)
+        for axis, n in enumerate(value.shape)
+    ]
+    change = slopes[0] * lopsided[0] + slopes[1] * lopsided[1]
+    return np.asarray(change**2 + np.float32(share**2) * (slopes[0] ** 2 + slopes[1] ** 2))
 
 
 def _blend(value: Floats, variance: Floats, other: Floats, other_variance: Floats) -> None:
@@ -548,9 +602,7 @@ def _blocks(image: npt.NDArray[np.generic], size: int) -> npt.NDArray[np.generic
 
 def _mean(image: npt.NDArray[np.floating], counts: npt.NDArray[np.intp], size: int) -> Floats:
     """Sum over bins divided by `counts`; NaN where that is zero."""
-    ny, nx = counts.shape
-    total = image[: ny * size, : nx * size].reshape(ny, size, nx, size).sum(axis=(1, 3), dtype=np.float64)
-    return np.where(counts > 0, total / np.maximum(counts, 1), np.nan).astype(np.float32)
+    return np.where(counts > 0, _block_sums(image, size) / np.maximum(counts, 1), np.nan).astype(np.float32)
 
 
 def _central_pixel(valid: npt.NDArray[np.bool_], size: int) -> npt.NDArray[np.intp]:
@@ -610,8 +662,7 @@ def _rolling_factor(valid: npt.NDArray[np.bool_], size: int) -> npt.NDArray[np.f
     weight = valid[: ny * size, : nx * size].astype(np.float64)
     steps = size.bit_length() - 1
     for _ in range(steps):
-        padded = np.pad(weight, 1)
-        weight = np.lib.stride_tricks.sliding_window_view(padded, (4, 4))[::2, ::2].mean(axis=(2, 3))
+        weight = _overlapping(weight) / 16
     n = np.where(weight > 0, weight * size**2, np.nan)
     random = np.random.default_rng(0)
     spread = []
