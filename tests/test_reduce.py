@@ -227,41 +227,53 @@ def test_error_bars_of_pure_noise(statistic, size):
     assert z.std() == pytest.approx(1, abs=0.05 + 1.5 / np.sqrt(len(z)))
 
 
+def binned_light(sim, i, size):
+    n = 2048 // size
+    return simulate.light(sim, i).reshape(n, size, n, size).mean(axis=(1, 3))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("kind", "bars"),
+    ("kind", "bars", "spread"),
     [
-        # rms of quiet, independent frames at bins of 16 and 8 pixels
-        ("orbit", (0.042, 0.072)),
-        ("smooth", (0.042, 0.072)),
-        ("glint", (0.042, 0.072)),
-        ("few_dark", (0.042, 0.072)),
+        # rms of quiet frames at bins of 16 and 8 pixels, electron s-1; the noise alone makes 0.025 and 0.048
+        ("orbit", (0.042, 0.070), 0.1),
+        ("smooth", (0.042, 0.070), 0.1),
+        ("glint", (0.042, 0.070), 0.1),
+        ("moon", (0.042, 0.070), 0.1),
+        ("drift", (0.085, 0.130), 0.15),
+        ("crowded", (0.110, 0.170), 0.15),
     ],
 )
-def test_accuracy_on_simulated_frames(kind, bars):
-    sim = simulate.Simulation(frames=24, model=simulate.KINDS[kind])
-    dark = [1, 2, 13] if kind == "few_dark" else [0, 1, 2, 3, 13, 14, 15, 16]
+def test_accuracy_on_simulated_frames(kind, bars, spread):
+    """On a seed that no constant was tuned on."""
+    sim = simulate.Simulation(frames=24, seed=7, model=simulate.KINDS[kind])
+    dark = [0, 1, 2, 3, 4, 6, 13, 14, 15, 16, 18, 20]
+    quiet, bright = [5, 17, 19], [10, 21, 22]
+    if kind == "moon":  # which lights up the first orbit
+        dark, quiet = [0, 13, 14, 15, 16, 17, 18, 20], [19]
     scene = with_response(make_scene(frames_of(sim, dark), NOISE), frames_of(sim, [11]))
-    check = [0, 16] if kind == "few_dark" else [5, 17]
-    frames = frames_of(sim, check)
     for size, bar in zip((16, 8), bars, strict=True):
         plans = {
             name: plan_reduction(
-                scene.flux, scene.mask != 0, bin=size, statistic=name, scene_err=scene.error,
-                noise=scene.noise, terms=scene.terms, response=scene.response,
+                scene.flux, scene.mask != 0, bin=size, statistic=name, scene_err=scene.error, noise=NOISE,
+                terms=scene.terms, response=scene.response, spare=scene.spare,
             )
             for name in ("whole", "median")
         }  # fmt: skip
-        for i, frame in zip(check, frames, strict=True):
-            n = 2048 // size
-            truth = simulate.light(sim, i).reshape(n, size, n, size).mean(axis=(1, 3))
-            off, z = {}, {}
+        zero = min((binned_light(sim, i, size) for i in dark), key=np.mean)  # it never goes away
+        for i in quiet + bright:
+            [frame] = frames_of(sim, [i])
+            truth = binned_light(sim, i, size) - zero
+            rms, z = {}, {}
             for name, plan in plans.items():
                 value, error = reduce_frame(frame, plan)
-                off[name] = value - truth
-                z[name] = off[name] / error
-            if kind != "few_dark":
-                assert off["whole"].std() < bar
-            assert off["whole"].std() < off["median"].std()
-            spread = 1.4826 * np.median(np.abs(z["whole"] - np.median(z["whole"])))
-            assert spread == pytest.approx(1, abs=0.1)
+                off, error = (image[plan.n_pixels > 0] for image in (value - truth, error))
+                rms[name], z[name] = np.sqrt(np.mean(off**2)), (off / error).std()
+            if i in quiet:
+                assert rms["whole"] < bar
+            assert rms["whole"] < 0.8 * rms["median"]
+            if kind != "crowded" or i in quiet:  # edges of the light in crowded fields: bars are too small
+                assert z["whole"] == pytest.approx(1, abs=spread)
+            if spread == 0.1:
+                assert z["median"] == pytest.approx(1, abs=0.16)
