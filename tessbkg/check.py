@@ -297,7 +297,7 @@ def _check_arrays(group: Group, objects: _Objects) -> Places:
     for name in objects.arrays:
         try:
             with store_errors(group, "read"):
-                array = zarr.open_array(store, path=f"{group.path}/{name}", mode="r")
+                array = zarr.open_array(store, path=f"{group.path}/{name}", mode="r", zarr_format=3)
                 step = (array.shards or array.chunks)[0]
         except TessbkgError as error:
             yield name, f"damaged: {error}"
@@ -318,7 +318,7 @@ VARIABLES: Final = (
 
 def _check_values(group: Group, attrs: dict[str, Any], fields: dict[str, Any]) -> Iterator[Finding]:
     """Check what the values must be whatever the frames were."""
-    root = zarr.open_group(group.store(read_only=True), path=group.path, mode="r")
+    root = zarr.open_group(group.store(read_only=True), path=group.path, mode="r", zarr_format=3)
     arrays: dict[str, Any] = dict(root.arrays())
     for name in [name for name in ATTRIBUTES if name not in attrs]:
         yield Finding(group.path, f"attribute {name} is missing")
@@ -394,7 +394,7 @@ def _check_frames(
     survey, plan = prepared(job)
     chosen = np.sort(np.random.default_rng(seed).permutation(len(survey))[:sample])
     both, rows = reduce_frames(job, survey.iloc[chosen], plan)
-    root = zarr.open_group(group.store(read_only=True), path=group.path, mode="r")
+    root = zarr.open_group(group.store(read_only=True), path=group.path, mode="r", zarr_format=3)
     stored = np.asarray(root["frame_status"][:])  # type: ignore[index]
     for place, i in enumerate(chosen):
         row = rows[place]

@@ -9,10 +9,11 @@ from __future__ import annotations
 import json
 import signal
 import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -241,11 +242,11 @@ def run_build(
 ) -> Report:
     """Do what a plan says; see :func:`build`."""
     began = time.perf_counter()
-    job, tell = plan.job, progress or (_silent)
+    job, tell = replace(plan.job, run=uuid.uuid4().hex), progress or _silent
     if not plan.missing and not plan.steps and marker(job.group.child("report"), "objects"):
         return _report(plan, read_rows(job.group, "report"), [], began)
     create_group(job.group, plan.fields, overwrite=overwrite)
-    survey = _survey_step(plan, client, tell)
+    survey = _survey_step(job, plan.frames, client, tell)
     tell("scene", 0, 1)
     _run(client, [(make_scene_group, (job,))], None)
     tell("scene", 1, 1)
@@ -272,13 +273,12 @@ def _silent(*_: object) -> None:
 
 def _doubts(job: Job, survey: pd.DataFrame, rows: list[dict[str, Any]]) -> list[str]:
     """Say what a scientist should look at before using a build."""
-    scene, n_pixels = read_child(job.group, "scene"), read_array(job.group, "n_pixels")
-    assert scene is not None  # the shards were made with it
-    assert n_pixels is not None
+    n_pixels = read_array(job.group, "n_pixels")
+    assert n_pixels is not None  # the template has it
     return doubts(
         survey,
         rows,
-        dark_frames=list(scene.attrs["dark_frames"]),
+        dark_frames=marker(job.group.child("scene"), "dark_frames"),
         wanted=job.options.dark_frames,
         unmasked=n_pixels / job.options.bin**2,
         misfit=marker(job.group, "wcs_misfit_deg"),
@@ -421,16 +421,15 @@ def _key(function: Callable[..., Any], i: int, arguments: tuple[Any, ...]) -> st
     return f"{function.__name__}-{job.ccd.group.replace('/', '-')}-{i:04d}-{time.time_ns():x}"
 
 
-def _survey_step(plan: BuildPlan, client: Client | None, tell: Progress) -> pd.DataFrame:
+def _survey_step(job: Job, frames: pd.DataFrame, client: Client | None, tell: Progress) -> pd.DataFrame:
     """Take the survey from the store, or make it."""
-    job = plan.job
     stored = read_child(job.group, "survey")
     if stored is not None:
         return dataset_to_table(stored)
-    parts = survey_parts(len(plan.frames))
+    parts = survey_parts(len(frames))
     pieces = _run(
         client,
-        [(survey_part, (job, plan.frames.iloc[part])) for part in parts],
+        [(survey_part, (job, frames.iloc[part])) for part in parts],
         lambda finished: tell("survey", finished, len(parts)),
     )
     survey = reject(finish_survey(pieces), job.options.drop_quality)

@@ -162,6 +162,8 @@ def filesystem(url: str, options: Options | None = None) -> tuple[Any, str]:
     if url.startswith(("http://", "https://")):
         options["client_kwargs"] = {"trace_configs": [_one_scheme()], **options.get("client_kwargs", {})}
     if url.startswith(("s3://", "s3a://")):
+        # With more, s3fs asks for the size of an object before it reads all of it: two requests for one.
+        options.setdefault("max_concurrency", 1)
         # botocore keeps ten connections by default: fewer than the reads that run at once.
         options["config_kwargs"] = {
             "max_pool_connections": 64,

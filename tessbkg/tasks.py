@@ -93,6 +93,8 @@ class Job:
         fsspec options of the source.
     on_error : {"flag", "raise"}
     shard_frames : int
+    run : str
+        Name of this run of the build: what a process keeps in memory is of one run.
     """
 
     ccd: CCD
@@ -101,6 +103,7 @@ class Job:
     source: FrozenOptions
     on_error: OnError
     shard_frames: int
+    run: str = ""
 
 
 def rows_of(first: int) -> str:
@@ -204,8 +207,9 @@ def scene_of_dataset(dataset: xr.Dataset) -> Scene:
     )
 
 
+@functools.lru_cache(maxsize=2)
 def read_survey(job: Job) -> pd.DataFrame:
-    """Survey of a CCD as the store has it.
+    """Survey of a CCD as the store has it, read once a process.
 
     Raises
     ------
@@ -275,15 +279,21 @@ def reduce_shard(job: Job, first: int, last: int) -> None:
     logger.info("%s: frames %d to %d written", job.group.name, first, last - 1)
 
 
+@functools.lru_cache(maxsize=6)
+def _direction(job: Job, name: str) -> npt.NDArray[Any] | None:
+    """Directions that the template holds, read once a process."""
+    return read_array(job.group, f"{name}_direction")
+
+
 def _maps(job: Job, first: int, last: int) -> dict[str, npt.NDArray[np.float32]]:
-    """Angle maps of the frames of one shard, from the directions that the template holds."""
+    """Angle maps of the frames of one shard."""
     maps: dict[str, npt.NDArray[np.float32]] = {}
-    pixel = read_array(job.group, "pixel_direction")
+    pixel = _direction(job, "pixel")
     for body in ("earth", "moon"):
-        direction = read_array(job.group, f"{body}_direction", slice(first, last))
+        direction = _direction(job, body)
         if pixel is None or direction is None:
             return {}
-        maps[f"{body}_angle"], maps[f"{body}_azimuth"] = angle_maps(direction, pixel)
+        maps[f"{body}_angle"], maps[f"{body}_azimuth"] = angle_maps(direction[first:last], pixel)
     return maps
 
 

@@ -190,13 +190,14 @@ def test_status_is_written_last(monkeypatch):
     group = new(8, 8)
     light, status = values(8)
 
-    def fails(self, *_):
-        raise OSError("the disk is full")
+    original = zarr.storage.FsspecStore.set
 
-    original = zarr.Array.__setitem__
-    monkeypatch.setattr(
-        zarr.Array, "__setitem__", lambda a, k, v: fails(a) if a.basename == "light" else original(a, k, v)
-    )
+    async def fails(self, key, value):
+        if "/light/c/" in key:
+            raise OSError("the disk is full")
+        await original(self, key, value)
+
+    monkeypatch.setattr(zarr.storage.FsspecStore, "set", fails)
     with pytest.raises(StoreError, match="cannot write: the disk is full"):
         write_shard(group, 0, 8, {"light": light}, status)
     monkeypatch.undo()
