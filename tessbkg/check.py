@@ -232,7 +232,7 @@ def _check_group(group: Group) -> Iterator[Finding]:
         sound = False
         yield Finding(f"{group.path}/{where}", what)
     if not attrs.get("template"):
-        yield Finding(group.path, f"{UNFINISHED}: nothing is written yet; build it again to go on")
+        yield Finding(group.path, f"{UNFINISHED}: nothing can be read yet; build it again to go on")
     elif sound:
         yield from _check_values(group, attrs, fields)
 

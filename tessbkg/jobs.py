@@ -32,6 +32,7 @@ from tessbkg.stack import (
 )
 from tessbkg.storage import Options as StorageOptions
 from tessbkg.store import (
+    NOT_WRITTEN,
     Group,
     begin_report,
     create_group,
@@ -48,6 +49,7 @@ from tessbkg.store import (
     unwritten_shards,
     write_child,
     write_rows,
+    write_shard,
     write_template,
 )
 from tessbkg.survey import finish_survey, reject
@@ -70,6 +72,9 @@ WORKER_ENVIRONMENT: Final = {
 }
 """Settings of glibc for a worker: keep freed frame-sized buffers, and where every thread finds them. With one
 arena for each thread a worker took 900 MB instead of 600."""
+
+FAILED: Final = (FrameStatus.MISSING, FrameStatus.UNREADABLE, FrameStatus.BAD_HEADER)
+"""What may be otherwise when it is tried again."""
 
 COLUMNS: Final = ("ffi", "status", "reason", "seconds", "nbytes", "retries", "scatter")
 """What a report says of a frame."""
@@ -154,6 +159,7 @@ def build(
     storage_options: StorageOptions | None = None,
     store_options: StorageOptions | None = None,
     overwrite: bool = False,
+    retry_failed: bool = False,
     client: Client | None = None,
     progress: Progress | None = None,
     **reduction: Any,
@@ -184,6 +190,9 @@ def build(
         the usual AWS settings. Never credentials.
     overwrite : bool
         Delete this CCD's group and start over.
+    retry_failed : bool
+        Survey the frames that are missing, unreadable or of a bad header again and do their shards anew. The
+        scene stays: where a dark frame was lost, `overwrite` is the way to have it.
     client : distributed.Client, optional
         Cluster that does the work; this process does it without.
     progress : callable, optional
@@ -230,7 +239,7 @@ def build(
         overwrite=overwrite,
         **reduction,
     )
-    return run_build(plan, client=client, overwrite=overwrite, progress=progress)
+    return run_build(plan, client=client, overwrite=overwrite, retry_failed=retry_failed, progress=progress)
 
 
 def run_build(
@@ -238,12 +247,16 @@ def run_build(
     *,
     client: Client | None = None,
     overwrite: bool = False,
+    retry_failed: bool = False,
     progress: Progress | None = None,
 ) -> Report:
     """Do what a plan says; see :func:`build`."""
     began = time.perf_counter()
     job, tell = replace(plan.job, run=uuid.uuid4().hex), progress or _silent
-    if not plan.missing and not plan.steps and marker(job.group.child("report"), "objects"):
+    if client is not None:
+        _check_reachable(client, {job.group.url, *plan.frames["url"].iloc[:1]})
+    retried = retry_failed and not overwrite and _forget_failed(job, plan.frames, client)
+    if not (plan.missing or plan.steps or retried) and marker(job.group.child("report"), "objects"):
         return _report(plan, read_rows(job.group, "report"), [], began)
     create_group(job.group, plan.fields, overwrite=overwrite)
     survey = _survey_step(job, plan.frames, client, tell)
@@ -253,7 +266,7 @@ def run_build(
     begin_report(job.group)
     if not marker(job.group, "template"):
         write_template(job.group, make_template(job, survey), job.shard_frames)
-    parts = plan.missing if not plan.steps else unwritten_shards(job.group, job.shard_frames)
+    parts = unwritten_shards(job.group, job.shard_frames) if plan.steps or retried else plan.missing
     done = len(shards(len(plan.frames), job.shard_frames)) - len(parts)
     _run(
         client,
@@ -262,7 +275,7 @@ def run_build(
     )
     rows = _shard_rows(job.group, len(plan.frames), job.shard_frames)
     warnings = _doubts(job, survey, rows)
-    set_attributes(job.group, complete=1, **({"warnings": warnings} if warnings else {}))
+    set_attributes(job.group, complete=1, warnings=warnings or None)
     write_rows(job.group, "report", rows, objects=sizes_and_digests(job.group))
     return _report(plan, rows, parts, began)
 
@@ -271,14 +284,59 @@ def _silent(*_: object) -> None:
     """Tell nobody about progress."""
 
 
+def _check_reachable(client: Client, urls: Iterable[str]) -> None:
+    """Refuse what workers cannot see.
+
+    Raises
+    ------
+    ValueError
+    """
+    apart = not str(client.scheduler_info()["address"]).startswith("inproc://")
+    for url in urls:
+        if apart and url.startswith("memory://"):
+            raise ValueError(f"{url} is in the memory of this process, which workers of a cluster cannot see")
+
+
+def _forget_failed(job: Job, frames: pd.DataFrame, client: Client | None) -> bool:
+    """Make frames that could not be read look as if nobody had tried; tell whether there are any.
+
+    The shards that have such frames count as not written, and the survey gets their headers anew.
+    """
+    survey, status = read_child(job.group, "survey"), read_array(job.group, "frame_status")
+    if survey is None:
+        return False
+    table = dataset_to_table(survey)
+    failed = table["status"].isin(FAILED).to_numpy()
+    if status is not None:
+        failed = failed | np.isin(status, FAILED)
+    if not failed.any():
+        return False
+    write_rows(job.group, "report", [])  # without the list of objects: a build that is not finished
+    set_attributes(job.group, complete=None, template=None, warnings=None)
+    if status is not None:
+        for first, last in shards(len(status), job.shard_frames):
+            if failed[first:last].any():
+                write_shard(job.group, first, last, {}, np.full(last - first, NOT_WRITTEN, dtype=np.uint8))
+    set_attributes(job.group.child("survey"), complete=None)
+    if marker(job.group.child("scene"), "complete"):  # else the whole survey is made anew
+        frames = frames[frames["ffi"].isin(table["ffi"][failed])]
+        parts = survey_parts(len(frames))
+        pieces = _run(client, [(survey_part, (job, frames.iloc[part])) for part in parts], None)
+        again = reject(finish_survey([table[~failed], *pieces]), job.options.drop_quality)
+        write_child(job.group, "survey", table_to_dataset(again))
+    return True
+
+
 def _doubts(job: Job, survey: pd.DataFrame, rows: list[dict[str, Any]]) -> list[str]:
     """Say what a scientist should look at before using a build."""
     n_pixels = read_array(job.group, "n_pixels")
     assert n_pixels is not None  # the template has it
+    scene = job.group.child("scene")
     return doubts(
         survey,
         rows,
-        dark_frames=marker(job.group.child("scene"), "dark_frames"),
+        dark_frames=marker(scene, "dark_frames"),
+        unread=marker(scene, "unread") or (),
         wanted=job.options.dark_frames,
         unmasked=n_pixels / job.options.bin**2,
         misfit=marker(job.group, "wcs_misfit_deg"),

@@ -28,6 +28,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import os
 import re
 import warnings
 from collections.abc import Iterator, Mapping
@@ -108,6 +109,20 @@ class Group:
         return Group(self.url, f"{self.path}/{name}", self.options)
 
 
+class _MemoryStore(FsspecStore):
+    """`memory://`, which in another process is empty and would read as NaN."""
+
+    home = 0
+
+    async def get(self, *args: Any, **kwargs: Any) -> Buffer | None:
+        if self.home != os.getpid():
+            raise StoreError(
+                "memory:// is in the memory of one process, which workers of a cluster cannot see; "
+                "use another store or Client(processes=False)"
+            )
+        return await super().get(*args, **kwargs)
+
+
 def open_store(url: str, options: Options | None = None, *, read_only: bool = False) -> Any:
     """Open a Zarr store at a URL or in a folder."""
     fs, path = filesystem(url, check_options(options, "store_options"))
@@ -116,6 +131,10 @@ def open_store(url: str, options: Options | None = None, *, read_only: bool = Fa
     if fs.async_impl:
         fs, path = filesystem(url, {**check_options(options), "asynchronous": True})
         return FsspecStore(fs, path=path, read_only=read_only)
+    if "memory" in np.atleast_1d(fs.protocol):
+        store: Any = _MemoryStore.from_url(url, read_only=read_only)
+        store.home = os.getpid()
+        return store
     return FsspecStore.from_url(url, storage_options=dict(options or {}), read_only=read_only)
 
 
@@ -645,7 +664,7 @@ def open_background(
     Raises
     ------
     StoreError
-        If there is no such group; the message names those there are.
+        If there is no such group, the message naming those there are, or nothing is written of it yet.
     StoreMismatchError
         If it has another layout.
     ValueError
@@ -667,7 +686,11 @@ def open_background(
     """
     group = Group.of(store, CCD(sector, camera, ccd), store_options)
     attrs = read_fields(group)
-    if attrs is None or not attrs.get("template"):
+    if attrs is not None and not attrs.get("template"):
+        raise StoreError(
+            f"{group.name}: the build was begun, but nothing of it can be read yet; run it again to go on"
+        )
+    if attrs is None:
         there = ", ".join(str(one) for one in groups(store, store_options)) or "none"
         raise StoreError(f"{store} has no {CCD(sector, camera, ccd)}; it has {there}")
     if not attrs.get("complete"):

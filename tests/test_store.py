@@ -372,6 +372,13 @@ def test_opening_what_is_not_there_names_what_is():
         open_background(group.url, sector=1, camera=7, ccd=4)
 
 
+def test_opening_what_was_begun_says_so():
+    group = Group.of(f"{memory_root()}/a.zarr", ONE, None)
+    create_group(group, FIELDS)
+    with pytest.raises(StoreError, match="was begun, but nothing of it can be read yet; run it again"):
+        open_background(group.url, sector=1, camera=1, ccd=4)
+
+
 def test_opening_what_is_not_finished_warns():
     group = new(8, 8)
     with pytest.warns(UserWarning, match="is not finished"):
