@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import logging
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
@@ -390,7 +391,8 @@ def _check_frames(
     fields = json.loads((read_fields(group) or {})["fields"])
     names = [name for name in Options.__dataclass_fields__ if name != "mask"]
     options = Options(**{name: fields[name] for name in names}, mask=MaskOptions(**fields["mask"]))
-    job = Job(ccd, group, options, freeze(source), "flag", int(fields["shard_frames"]))
+    size, run = int(fields["shard_frames"]), uuid.uuid4().hex
+    job = Job(ccd, group, options, freeze(source), "flag", size, run)
     survey, plan = prepared(job)
     chosen = np.sort(np.random.default_rng(seed).permutation(len(survey))[:sample])
     both, rows = reduce_frames(job, survey.iloc[chosen], plan)
