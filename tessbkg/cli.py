@@ -237,6 +237,7 @@ def _stoppable() -> Iterator[None]:
         if received:
             os._exit(128 + number)
         received.append(number)
+        logging.disable()  # what a cluster says when its connections end
         command = shlex.join(["tessbkg", *sys.argv[1:]])
         reason = f"stopped by {signal.Signals(number).name}; what is written stays"
         os.write(2, f"\ntessbkg: {reason}. To go on:\n  {command}\n".encode())
