@@ -12,6 +12,9 @@ only when the marker that is its last write is there:
 7. child group `report`: what became of every frame, and the list of the group's objects; its digest is the
    seal of the group (:func:`write_sealed`).
 
+Trying failed frames again takes back, in this order, 7, 6 and 4, the `frame_status` of their shards, and 2;
+then the build goes on as any other.
+
 Every chunk carries its CRC-32C, every `zarr.json` its digest in the list of objects: :mod:`tessbkg.check`
 finds any flipped bit and any lost object.
 
