@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import logging
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
@@ -232,7 +233,7 @@ def _check_group(group: Group) -> Iterator[Finding]:
         sound = False
         yield Finding(f"{group.path}/{where}", what)
     if not attrs.get("template"):
-        yield Finding(group.path, f"{UNFINISHED}: nothing is written yet; build it again to go on")
+        yield Finding(group.path, f"{UNFINISHED}: nothing can be read yet; build it again to go on")
     elif sound:
         yield from _check_values(group, attrs, fields)
 
@@ -297,7 +298,7 @@ def _check_arrays(group: Group, objects: _Objects) -> Places:
     for name in objects.arrays:
         try:
             with store_errors(group, "read"):
-                array = zarr.open_array(store, path=f"{group.path}/{name}", mode="r")
+                array = zarr.open_array(store, path=f"{group.path}/{name}", mode="r", zarr_format=3)
                 step = (array.shards or array.chunks)[0]
         except TessbkgError as error:
             yield name, f"damaged: {error}"
@@ -318,7 +319,7 @@ VARIABLES: Final = (
 
 def _check_values(group: Group, attrs: dict[str, Any], fields: dict[str, Any]) -> Iterator[Finding]:
     """Check what the values must be whatever the frames were."""
-    root = zarr.open_group(group.store(read_only=True), path=group.path, mode="r")
+    root = zarr.open_group(group.store(read_only=True), path=group.path, mode="r", zarr_format=3)
     arrays: dict[str, Any] = dict(root.arrays())
     for name in [name for name in ATTRIBUTES if name not in attrs]:
         yield Finding(group.path, f"attribute {name} is missing")
@@ -390,11 +391,12 @@ def _check_frames(
     fields = json.loads((read_fields(group) or {})["fields"])
     names = [name for name in Options.__dataclass_fields__ if name != "mask"]
     options = Options(**{name: fields[name] for name in names}, mask=MaskOptions(**fields["mask"]))
-    job = Job(ccd, group, options, freeze(source), "flag", int(fields["shard_frames"]))
+    size, run = int(fields["shard_frames"]), uuid.uuid4().hex
+    job = Job(ccd, group, options, freeze(source), "flag", size, run)
     survey, plan = prepared(job)
     chosen = np.sort(np.random.default_rng(seed).permutation(len(survey))[:sample])
     both, rows = reduce_frames(job, survey.iloc[chosen], plan)
-    root = zarr.open_group(group.store(read_only=True), path=group.path, mode="r")
+    root = zarr.open_group(group.store(read_only=True), path=group.path, mode="r", zarr_format=3)
     stored = np.asarray(root["frame_status"][:])  # type: ignore[index]
     for place, i in enumerate(chosen):
         row = rows[place]

@@ -237,6 +237,7 @@ def _stoppable() -> Iterator[None]:
         if received:
             os._exit(128 + number)
         received.append(number)
+        logging.disable()  # what a cluster says when its connections end
         command = shlex.join(["tessbkg", *sys.argv[1:]])
         reason = f"stopped by {signal.Signals(number).name}; what is written stays"
         os.write(2, f"\ntessbkg: {reason}. To go on:\n  {command}\n".encode())
@@ -389,7 +390,12 @@ def plan_command(**arguments: Any) -> None:
     help="What an unreadable frame does: get a status, or stop the job.",
 )
 @click.option("--overwrite", is_flag=True, help="Delete what the store has of these CCDs and start over.")
-def build_command(*, workers: int | None, scheduler: str | None, overwrite: bool, **arguments: Any) -> None:
+@click.option(
+    "--retry-failed", is_flag=True, help="Do shards with missing, unreadable or broken frames again."
+)
+def build_command(
+    *, workers: int | None, scheduler: str | None, overwrite: bool, retry_failed: bool, **arguments: Any
+) -> None:
     """Build scattered light of CCDs into the Zarr store OUT, or go on with it.
 
     \b
@@ -404,7 +410,9 @@ def build_command(*, workers: int | None, scheduler: str | None, overwrite: bool
     with _stoppable(), _cluster(workers, scheduler) as client:
         for plan in _plans(overwrite=overwrite, **arguments):
             with _progress(str(plan.job.ccd)) as progress:
-                report = run_build(plan, client=client, overwrite=overwrite, progress=progress)
+                report = run_build(
+                    plan, client=client, overwrite=overwrite, retry_failed=retry_failed, progress=progress
+                )
             click.echo(report.summary())
 
 

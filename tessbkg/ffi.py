@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from tessbkg.ccd import CCD, FRAME_SHAPE, INDEX_EPOCH, SCIENCE_SHAPE
 from tessbkg.errors import FFIFormatError, FFIMissingError, FFIReadError
-from tessbkg.storage import Options, filesystem, read_range, source_options
+from tessbkg.storage import Options, filesystem, read_range, read_rest, source_options
 
 BLOCK: Final = 2880
 """A FITS header or data unit is a whole number of these bytes (FITS standard 4.0, section 3.1)."""
@@ -351,7 +351,7 @@ def _extend(fs: Any, path: str, data: bytes, start: int, size: int) -> bytes:
 
 def _rest(fs: Any, path: str, start: int, end: int) -> bytes:
     """Read what follows byte `start`: nothing if a server that knows no ranges sends the file again."""
-    data = read_range(fs, path, start, end)
+    data = read_rest(fs, path, start, end)
     return b"" if start and data.startswith(b"SIMPLE  =") else data
 
 

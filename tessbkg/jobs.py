@@ -9,10 +9,11 @@ from __future__ import annotations
 import json
 import signal
 import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -31,6 +32,7 @@ from tessbkg.stack import (
 )
 from tessbkg.storage import Options as StorageOptions
 from tessbkg.store import (
+    NOT_WRITTEN,
     Group,
     begin_report,
     create_group,
@@ -47,6 +49,7 @@ from tessbkg.store import (
     unwritten_shards,
     write_child,
     write_rows,
+    write_shard,
     write_template,
 )
 from tessbkg.survey import finish_survey, reject
@@ -69,6 +72,9 @@ WORKER_ENVIRONMENT: Final = {
 }
 """Settings of glibc for a worker: keep freed frame-sized buffers, and where every thread finds them. With one
 arena for each thread a worker took 900 MB instead of 600."""
+
+FAILED: Final = (FrameStatus.MISSING, FrameStatus.UNREADABLE, FrameStatus.BAD_HEADER)
+"""What may be otherwise when it is tried again."""
 
 COLUMNS: Final = ("ffi", "status", "reason", "seconds", "nbytes", "retries", "scatter")
 """What a report says of a frame."""
@@ -153,6 +159,7 @@ def build(
     storage_options: StorageOptions | None = None,
     store_options: StorageOptions | None = None,
     overwrite: bool = False,
+    retry_failed: bool = False,
     client: Client | None = None,
     progress: Progress | None = None,
     **reduction: Any,
@@ -183,6 +190,9 @@ def build(
         the usual AWS settings. Never credentials.
     overwrite : bool
         Delete this CCD's group and start over.
+    retry_failed : bool
+        Survey the frames that are missing, unreadable or of a bad header again and do their shards anew. The
+        scene stays: where a dark frame was lost, `overwrite` is the way to have it.
     client : distributed.Client, optional
         Cluster that does the work; this process does it without.
     progress : callable, optional
@@ -229,7 +239,7 @@ def build(
         overwrite=overwrite,
         **reduction,
     )
-    return run_build(plan, client=client, overwrite=overwrite, progress=progress)
+    return run_build(plan, client=client, overwrite=overwrite, retry_failed=retry_failed, progress=progress)
 
 
 def run_build(
@@ -237,22 +247,26 @@ def run_build(
     *,
     client: Client | None = None,
     overwrite: bool = False,
+    retry_failed: bool = False,
     progress: Progress | None = None,
 ) -> Report:
     """Do what a plan says; see :func:`build`."""
     began = time.perf_counter()
-    job, tell = plan.job, progress or (_silent)
-    if not plan.missing and not plan.steps and marker(job.group.child("report"), "objects"):
+    job, tell = replace(plan.job, run=uuid.uuid4().hex), progress or _silent
+    if client is not None:
+        _check_reachable(client, {job.group.url, *plan.frames["url"].iloc[:1]})
+    retried = retry_failed and not overwrite and _forget_failed(job, plan.frames, client)
+    if not (plan.missing or plan.steps or retried) and marker(job.group.child("report"), "objects"):
         return _report(plan, read_rows(job.group, "report"), [], began)
     create_group(job.group, plan.fields, overwrite=overwrite)
-    survey = _survey_step(plan, client, tell)
+    survey = _survey_step(job, plan.frames, client, tell)
     tell("scene", 0, 1)
     _run(client, [(make_scene_group, (job,))], None)
     tell("scene", 1, 1)
     begin_report(job.group)
     if not marker(job.group, "template"):
         write_template(job.group, make_template(job, survey), job.shard_frames)
-    parts = plan.missing if not plan.steps else unwritten_shards(job.group, job.shard_frames)
+    parts = unwritten_shards(job.group, job.shard_frames) if plan.steps or retried else plan.missing
     done = len(shards(len(plan.frames), job.shard_frames)) - len(parts)
     _run(
         client,
@@ -261,7 +275,7 @@ def run_build(
     )
     rows = _shard_rows(job.group, len(plan.frames), job.shard_frames)
     warnings = _doubts(job, survey, rows)
-    set_attributes(job.group, complete=1, **({"warnings": warnings} if warnings else {}))
+    set_attributes(job.group, complete=1, warnings=warnings or None)
     write_rows(job.group, "report", rows, objects=sizes_and_digests(job.group))
     return _report(plan, rows, parts, began)
 
@@ -270,15 +284,59 @@ def _silent(*_: object) -> None:
     """Tell nobody about progress."""
 
 
+def _check_reachable(client: Client, urls: Iterable[str]) -> None:
+    """Refuse what workers cannot see.
+
+    Raises
+    ------
+    ValueError
+    """
+    apart = not str(client.scheduler_info()["address"]).startswith("inproc://")
+    for url in urls:
+        if apart and url.startswith("memory://"):
+            raise ValueError(f"{url} is in the memory of this process, which workers of a cluster cannot see")
+
+
+def _forget_failed(job: Job, frames: pd.DataFrame, client: Client | None) -> bool:
+    """Make frames that could not be read look as if nobody had tried; tell whether there are any.
+
+    The shards that have such frames count as not written, and the survey gets their headers anew.
+    """
+    survey, status = read_child(job.group, "survey"), read_array(job.group, "frame_status")
+    if survey is None:
+        return False
+    table = dataset_to_table(survey)
+    failed = table["status"].isin(FAILED).to_numpy()
+    if status is not None:
+        failed = failed | np.isin(status, FAILED)
+    if not failed.any():
+        return False
+    write_rows(job.group, "report", [])  # without the list of objects: a build that is not finished
+    set_attributes(job.group, complete=None, template=None, warnings=None)
+    if status is not None:
+        for first, last in shards(len(status), job.shard_frames):
+            if failed[first:last].any():
+                write_shard(job.group, first, last, {}, np.full(last - first, NOT_WRITTEN, dtype=np.uint8))
+    set_attributes(job.group.child("survey"), complete=None)
+    if marker(job.group.child("scene"), "complete"):  # else the whole survey is made anew
+        frames = frames[frames["ffi"].isin(table["ffi"][failed])]
+        parts = survey_parts(len(frames))
+        pieces = _run(client, [(survey_part, (job, frames.iloc[part])) for part in parts], None)
+        again = reject(finish_survey([table[~failed], *pieces]), job.options.drop_quality)
+        write_child(job.group, "survey", table_to_dataset(again))
+    return True
+
+
 def _doubts(job: Job, survey: pd.DataFrame, rows: list[dict[str, Any]]) -> list[str]:
     """Say what a scientist should look at before using a build."""
-    scene, n_pixels = read_child(job.group, "scene"), read_array(job.group, "n_pixels")
-    assert scene is not None  # the shards were made with it
-    assert n_pixels is not None
+    n_pixels = read_array(job.group, "n_pixels")
+    assert n_pixels is not None  # the template has it
+    scene = job.group.child("scene")
     return doubts(
         survey,
         rows,
-        dark_frames=list(scene.attrs["dark_frames"]),
+        dark_frames=marker(scene, "dark_frames"),
+        unread=marker(scene, "unread") or (),
         wanted=job.options.dark_frames,
         unmasked=n_pixels / job.options.bin**2,
         misfit=marker(job.group, "wcs_misfit_deg"),
@@ -421,16 +479,15 @@ def _key(function: Callable[..., Any], i: int, arguments: tuple[Any, ...]) -> st
     return f"{function.__name__}-{job.ccd.group.replace('/', '-')}-{i:04d}-{time.time_ns():x}"
 
 
-def _survey_step(plan: BuildPlan, client: Client | None, tell: Progress) -> pd.DataFrame:
+def _survey_step(job: Job, frames: pd.DataFrame, client: Client | None, tell: Progress) -> pd.DataFrame:
     """Take the survey from the store, or make it."""
-    job = plan.job
     stored = read_child(job.group, "survey")
     if stored is not None:
         return dataset_to_table(stored)
-    parts = survey_parts(len(plan.frames))
+    parts = survey_parts(len(frames))
     pieces = _run(
         client,
-        [(survey_part, (job, plan.frames.iloc[part])) for part in parts],
+        [(survey_part, (job, frames.iloc[part])) for part in parts],
         lambda finished: tell("survey", finished, len(parts)),
     )
     survey = reject(finish_survey(pieces), job.options.drop_quality)

@@ -124,20 +124,28 @@ FrozenOptions = tuple[tuple[str, Any], ...]
 
 def freeze(options: Options) -> FrozenOptions:
     """Make options hashable; :func:`thaw` is the way back."""
-    return tuple(
-        sorted(
-            (name, ("dict", freeze(value)) if isinstance(value, Mapping) else value)
-            for name, value in options.items()
-        )
-    )
+    return tuple(sorted((name, _freeze(value)) for name, value in options.items()))
+
+
+def _freeze(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return ("dict", freeze(value))
+    if isinstance(value, list):
+        return ("list", tuple(map(_freeze, value)))
+    return value
 
 
 def thaw(options: FrozenOptions) -> dict[str, Any]:
     """Return frozen options as a dictionary."""
-    return {
-        name: thaw(value[1]) if isinstance(value, tuple) and value[:1] == ("dict",) else value
-        for name, value in options
-    }
+    return {name: _thaw(value) for name, value in options}
+
+
+def _thaw(value: Any) -> Any:
+    if isinstance(value, tuple) and value[:1] == ("dict",):
+        return thaw(value[1])
+    if isinstance(value, tuple) and value[:1] == ("list",):
+        return [_thaw(one) for one in value[1]]
+    return value
 
 
 def source_options(url: str, options: Options | None) -> dict[str, Any]:
@@ -162,6 +170,8 @@ def filesystem(url: str, options: Options | None = None) -> tuple[Any, str]:
     if url.startswith(("http://", "https://")):
         options["client_kwargs"] = {"trace_configs": [_one_scheme()], **options.get("client_kwargs", {})}
     if url.startswith(("s3://", "s3a://")):
+        # With more, s3fs asks for the size of an object before it reads all of it: two requests for one.
+        options.setdefault("max_concurrency", 1)
         # botocore keeps ten connections by default: fewer than the reads that run at once.
         options["config_kwargs"] = {
             "max_pool_connections": 64,
@@ -202,6 +212,10 @@ _FINAL_ERRNOS: Final = frozenset(
     | {getattr(errno, "EREMCHG", errno.ENOENT)}
 )
 """What s3fs makes of S3 error codes that come again at every try, such as InvalidRequest."""
+
+
+_OURS: Final = (TypeError, AttributeError, NameError, AssertionError, MemoryError)
+"""Errors that tell of the program or the machine, never of an object."""
 
 
 def is_transient(error: BaseException) -> bool:
@@ -272,6 +286,8 @@ def retry(
     for attempt in itertools.count():
         try:
             return call()
+        except _OURS:
+            raise
         except Exception as error:
             late = attempt == ATTEMPTS - 1 or clock() - began > PATIENCE_SECONDS
             if late or not is_transient(error):
@@ -285,6 +301,8 @@ def retry(
 
 def read_error(key: str, error: BaseException, attempts: int = 1) -> FFIReadError:
     """Give the error of a failed read its type and one line of reason."""
+    if isinstance(error, _OURS):
+        raise error
     if isinstance(error, FFIReadError):
         return error
     if isinstance(error, FileNotFoundError):
@@ -309,15 +327,39 @@ def read_range(fs: Any, path: str, start: int, end: int) -> bytes:
     FFIMissingError, FFIReadError
         As :func:`retry`.
     """
+    return retry(lambda: _range(fs, path, start, end), path)
+
+
+def _range(fs: Any, path: str, start: int, end: int) -> bytes:
+    try:
+        data = bytes(fs.cat_file(path, start=start, end=end))
+    except Exception as error:
+        if is_past_end(error):
+            return b""
+        raise
+    return _cut(data, start, end)
+
+
+def read_rest(fs: Any, path: str, start: int, end: int) -> bytes:
+    """Read on after an answer that was too short: :func:`read_range` that does not believe the next one.
+
+    Where fewer bytes come than were asked for, the server is asked for the size of the object; if it has
+    more, that is a fault like others, tried again.
+
+    Raises
+    ------
+    FFIMissingError, FFIReadError
+        As :func:`retry`.
+    """
 
     def call() -> bytes:
-        try:
-            data = bytes(fs.cat_file(path, start=start, end=end))
-        except Exception as error:
-            if is_past_end(error):
-                return b""
-            raise
-        return _cut(data, start, end)
+        data = _range(fs, path, start, end)
+        if len(data) < end - start:
+            fs.invalidate_cache(path)
+            size = fs.info(path)["size"] or 0  # a web server may not say
+            if size > start + len(data):
+                raise EOFError(f"{len(data)} of {min(size, end) - start} bytes came")
+        return data
 
     return retry(call, path)
 

@@ -12,19 +12,26 @@ only when the marker that is its last write is there:
 7. child group `report`: what became of every frame, and the list of the group's objects; its digest is the
    seal of the group (:func:`write_sealed`).
 
+Trying failed frames again takes back, in this order, 7, 6 and 4, the `frame_status` of their shards, and 2;
+then the build goes on as any other.
+
 Every chunk carries its CRC-32C, every `zarr.json` its digest in the list of objects: :mod:`tessbkg.check`
 finds any flipped bit and any lost object.
 
-Two processes that build the same CCD with the same options do the work twice and write the same bytes; so
-nobody deletes anything, but `overwrite` the whole group, and the writer of a shard an object that is not one.
+Each step is encoded in memory and sent object by object, all at once but for its marker; an object is
+written whole or not at all (a rename on a disk, one PUT on S3). Two processes that build the same CCD with
+the same options do the work twice and write the same bytes; so nobody deletes anything, but `overwrite` the
+whole group.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import hashlib
 import json
 import logging
+import os
 import re
 import warnings
 from collections.abc import Iterator, Mapping
@@ -38,10 +45,9 @@ import pandas as pd
 import xarray as xr
 import zarr
 from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
-from zarr.core.buffer import default_buffer_prototype
+from zarr.core.buffer import Buffer, default_buffer_prototype
 from zarr.core.sync import sync
-from zarr.errors import ContainsArrayError, ContainsGroupError, ZarrUserWarning
-from zarr.storage import FsspecStore, LocalStore
+from zarr.storage import FsspecStore, LocalStore, MemoryStore
 
 from tessbkg.ccd import CCD
 from tessbkg.errors import StoreError, StoreMismatchError, TessbkgError
@@ -59,6 +65,9 @@ CHUNK_ROWS: Final = 256
 """Rows of a chunk of full-size images: a whole one would be held twice while it is decoded."""
 
 NOT_WRITTEN: Final = 255
+
+AT_ONCE: Final = 32
+"""Objects on their way to a store."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +112,20 @@ class Group:
         return Group(self.url, f"{self.path}/{name}", self.options)
 
 
+class _MemoryStore(FsspecStore):
+    """`memory://`, which in another process is empty and would read as NaN."""
+
+    home = 0
+
+    async def get(self, *args: Any, **kwargs: Any) -> Buffer | None:
+        if self.home != os.getpid():
+            raise StoreError(
+                "memory:// is in the memory of one process, which workers of a cluster cannot see; "
+                "use another store or Client(processes=False)"
+            )
+        return await super().get(*args, **kwargs)
+
+
 def open_store(url: str, options: Options | None = None, *, read_only: bool = False) -> Any:
     """Open a Zarr store at a URL or in a folder."""
     fs, path = filesystem(url, check_options(options, "store_options"))
@@ -111,6 +134,10 @@ def open_store(url: str, options: Options | None = None, *, read_only: bool = Fa
     if fs.async_impl:
         fs, path = filesystem(url, {**check_options(options), "asynchronous": True})
         return FsspecStore(fs, path=path, read_only=read_only)
+    if "memory" in np.atleast_1d(fs.protocol):
+        store: Any = _MemoryStore.from_url(url, read_only=read_only)
+        store.home = os.getpid()
+        return store
     return FsspecStore.from_url(url, storage_options=dict(options or {}), read_only=read_only)
 
 
@@ -155,7 +182,7 @@ def read_fields(group: Group) -> dict[str, Any] | None:
     """
     with store_errors(group, "read"):
         try:
-            attrs = dict(zarr.open_group(group.store(read_only=True), path=group.path, mode="r").attrs)
+            attrs = _attributes(group)
         except FileNotFoundError:
             _check_place(group)
             return None
@@ -215,19 +242,32 @@ def create_group(group: Group, fields: Mapping[str, Any], *, overwrite: bool = F
             delete_group(group)
         found = read_fields(group)
         if found is None:
-            store = group.store()
             parts = group.path.split("/")
             for depth in range(len(parts)):
-                with contextlib.suppress(ContainsGroupError):  # another process was quicker
-                    zarr.open_group(store, path="/".join(parts[:depth]), mode="a", zarr_format=3)
+                _make_group(group, "/".join(parts[:depth]), {})
             # Text, because NetCDF knows no nested attributes.
-            found = {"layout": LAYOUT, "fields": json.dumps(fields)}
-            try:
-                zarr.create_group(store, path=group.path, zarr_format=3, attributes=found)
-            except ContainsGroupError:  # another process was quicker
-                found = read_fields(group) or found
+            _make_group(group, group.path, {"layout": LAYOUT, "fields": json.dumps(fields)})
+            found = read_fields(group)  # another process may have been quicker
+            assert found is not None
     check_fields(group, found, fields)
     return found
+
+
+def _make_group(group: Group, path: str, attributes: Mapping[str, Any]) -> None:
+    """Make a group of the store, unless it is there."""
+    store, key = group.store(), f"{path}/zarr.json".lstrip("/")
+    if sync(store.get(key, default_buffer_prototype())) is None:
+        sync(store.set_if_not_exists(key, _document(attributes)))
+
+
+def _document(attributes: Mapping[str, Any]) -> Buffer:
+    """Encode the `zarr.json` of a group."""
+    content = {"attributes": attributes, "zarr_format": 3, "node_type": "group"}
+    return _buffer(json.dumps(content, allow_nan=False).encode())
+
+
+def _buffer(content: bytes) -> Buffer:
+    return default_buffer_prototype().buffer.from_bytes(content)
 
 
 def _check_ours(group: Group) -> None:
@@ -269,10 +309,17 @@ def delete_group(group: Group) -> None:
     fs.invalidate_cache()
 
 
+def _attributes(group: Group) -> dict[str, Any]:
+    """Attributes of a group, with one request."""
+    return dict(zarr.open_group(group.store(read_only=True), path=group.path, mode="r", zarr_format=3).attrs)
+
+
 def set_attributes(group: Group, **values: Any) -> None:
-    """Set attributes of a group."""
+    """Set attributes of a group; None removes one."""
     with store_errors(group):
-        zarr.open_group(group.store(), path=group.path, mode="r+").attrs.update(values)
+        attributes = {**_attributes(group), **values}
+        kept = {name: value for name, value in attributes.items() if value is not None}
+        _send(group, {"zarr.json": _document(kept)})
 
 
 def set_marker(group: Group, name: str) -> None:
@@ -284,14 +331,13 @@ def marker(group: Group, name: str) -> Any:
     """Read an attribute of a group; None if either is not there."""
     with store_errors(group, "read"):
         try:
-            return zarr.open_group(group.store(read_only=True), path=group.path, mode="r").attrs.get(name)
+            return _attributes(group).get(name)
         except FileNotFoundError:
             return None
 
 
 def write_child(group: Group, name: str, dataset: xr.Dataset) -> None:
     """Write a small Dataset as a child group and mark it complete."""
-    child = group.child(name)
     encoding = {
         str(v): {
             "chunks": tuple(
@@ -302,8 +348,7 @@ def write_child(group: Group, name: str, dataset: xr.Dataset) -> None:
         }
         for v, variable in dataset.variables.items()
     }
-    _write(child, dataset, encoding)
-    set_marker(child, "complete")
+    _write(group.child(name), dataset.assign_attrs(complete=1), encoding)
 
 
 def _compressed(variable: xr.Variable) -> dict[str, Any]:
@@ -314,35 +359,38 @@ def _compressed(variable: xr.Variable) -> dict[str, Any]:
 
 
 def _write(group: Group, dataset: xr.Dataset, encoding: Mapping[str, dict[str, Any]]) -> None:
-    """Write variables into a group, over what an interrupted write or another process put there.
+    """Write variables into a group, over what is there; the attributes of the group come last."""
+    objects: dict[str, Buffer] = {}
+    dataset.to_zarr(
+        MemoryStore(objects),
+        mode="w",
+        compute=False,
+        consolidated=False,
+        zarr_format=3,
+        encoding=encoding,
+        write_empty_chunks=True,  # what was there is no longer valid
+    )
+    last = objects.pop("zarr.json")
+    with store_errors(group):
+        _send(group, objects)
+        _send(group, {"zarr.json": last})
 
-    Nothing is deleted: two processes that write the same group write the same bytes.
-    """
-    with store_errors(group), warnings.catch_warnings():
-        # a killed writer or a full disk leaves folders without metadata
-        warnings.filterwarnings("ignore", "Object at .* is not recognized", ZarrUserWarning)
-        for attempt in range(3):
-            try:
-                there = set(
-                    zarr.open_group(group.store(read_only=True), path=group.path, mode="r").array_keys()
-                )
-            except FileNotFoundError:
-                there = set()
-            try:
-                dataset.to_zarr(
-                    group.store(),
-                    group=group.path,
-                    mode="a",
-                    compute=False,
-                    consolidated=False,
-                    zarr_format=3,
-                    encoding={name: codec for name, codec in encoding.items() if name not in there},
-                )
-            except (ContainsArrayError, ValueError):  # another process made an array meanwhile
-                if attempt == 2:
-                    raise
-            else:
-                return
+
+def _send(group: Group, objects: Mapping[str, Buffer]) -> None:
+    """Write objects of a group, in no order."""
+    store = group.store()
+    limit = asyncio.Semaphore(AT_ONCE)
+
+    async def send(name: str) -> None:
+        async with limit:
+            await store.set(f"{group.path}/{name}", objects[name])
+
+    async def send_all() -> list[BaseException | None]:
+        return await asyncio.gather(*map(send, objects), return_exceptions=True)
+
+    for error in sync(send_all()):
+        if error is not None:
+            raise error
 
 
 def read_child(group: Group, name: str) -> xr.Dataset | None:
@@ -350,14 +398,12 @@ def read_child(group: Group, name: str) -> xr.Dataset | None:
     child = group.child(name)
     if not marker(child, "complete"):
         return None
-    with (
-        store_errors(child, "read"),
-        xr.open_zarr(
-            group.store(read_only=True), group=child.path, consolidated=False, chunks=None
-        ) as dataset,
-    ):
-        loaded: xr.Dataset = dataset.load()
-        return loaded
+    objects = {key: _buffer(value) for key, value in read_objects(child, list(list_objects(child))).items()}
+    with store_errors(child, "read"):
+        loaded: xr.Dataset = xr.open_zarr(
+            MemoryStore(objects, read_only=True), consolidated=False, chunks=None, zarr_format=3
+        ).load()
+    return loaded
 
 
 def table_to_dataset(table: pd.DataFrame) -> xr.Dataset:
@@ -398,8 +444,7 @@ def write_template(group: Group, template: xr.Dataset, shard_frames: int) -> Non
         encoding[str(name)] = codec
     with store_errors(group):
         attrs = read_fields(group) or {}
-    _write(group, template.assign_attrs({**attrs, **template.attrs}), encoding)
-    set_marker(group, "template")
+    _write(group, template.assign_attrs({**attrs, **template.attrs, "template": 1}), encoding)
 
 
 def empty_variable(shape: tuple[int, ...], dtype: str, fill: float) -> da.Array:
@@ -412,7 +457,9 @@ def read_array(group: Group, name: str, region: slice = slice(None)) -> npt.NDAr
     """Read an array of a group, or a region of it along its first axis; None if it is not there."""
     with store_errors(group, "read"):
         try:
-            array = zarr.open_array(group.store(read_only=True), path=f"{group.path}/{name}", mode="r")
+            array = zarr.open_array(
+                group.store(read_only=True), path=f"{group.path}/{name}", mode="r", zarr_format=3
+            )
         except FileNotFoundError:
             return None
         return np.asarray(array[region])
@@ -454,28 +501,18 @@ def write_shard(
     StoreError
         If the store cannot be written.
     """
-    store = group.store()
-    for name, block in (*variables.items(), ("frame_status", status)):
+    blocks = {**variables, "frame_status": status}
+    metadata = read_objects(group, [f"{name}/zarr.json" for name in blocks])
+    for name, block in blocks.items():
+        objects = {"zarr.json": _buffer(metadata[f"{name}/zarr.json"])}
         # zarr 3.1 ignores `config` of open_array
         with store_errors(group), zarr.config.set({"array.write_empty_chunks": True}):
-            array = zarr.open_array(store, path=f"{group.path}/{name}", mode="r+")
+            array = zarr.open_array(MemoryStore(objects), mode="r+", zarr_format=3)
         _check_region(array, first, last, block, name)
         with store_errors(group):
-            try:
-                array[first:last] = block
-            except (ValueError, RuntimeError):
-                # The last shard is not full, so zarr reads it first; one that was cut short must go.
-                delete_shard(group, array, name, first)
-                array[first:last] = block
-
-
-def delete_shard(group: Group, array: Any, name: str, first: int) -> None:
-    """Delete the object of the shard that begins with frame `first`."""
-    fs, root = filesystem(group.url, group.store_options)
-    frames = (array.shards or array.chunks)[0]
-    key = array.metadata.encode_chunk_key((first // frames, *(0,) * (array.ndim - 1)))
-    with contextlib.suppress(FileNotFoundError):
-        fs.rm_file(join(root, group.path, name, key))
+            array[first:last] = block
+            del objects["zarr.json"]
+            _send(group.child(name), objects)
 
 
 def _check_region(array: Any, first: int, last: int, block: npt.NDArray[Any], name: str) -> None:
@@ -506,8 +543,7 @@ def write_sealed(group: Group, attributes: Mapping[str, Any]) -> None:
     head, _, tail = text.rpartition(_UNSEALED)
     text = head + hashlib.sha256(text.encode()).hexdigest() + tail
     with store_errors(group):
-        value = default_buffer_prototype().buffer.from_bytes(text.encode())
-        sync(group.store().set(f"{group.path}/zarr.json", value))
+        _send(group, {"zarr.json": _buffer(text.encode())})
 
 
 def seal_holds(content: bytes) -> bool:
@@ -584,7 +620,7 @@ def groups(url: str, options: Options | None = None) -> list[CCD]:
     with store_errors(Group(url, ""), "read"):
         store = open_store(url, options, read_only=True)
         try:
-            root = zarr.open_group(store, mode="r")
+            root = zarr.open_group(store, mode="r", zarr_format=3)
         except (FileNotFoundError, NotADirectoryError):
             raise StoreError(f"{url} is not a Zarr store") from None
         paths = [
@@ -631,7 +667,7 @@ def open_background(
     Raises
     ------
     StoreError
-        If there is no such group; the message names those there are.
+        If there is no such group, the message naming those there are, or nothing is written of it yet.
     StoreMismatchError
         If it has another layout.
     ValueError
@@ -653,13 +689,17 @@ def open_background(
     """
     group = Group.of(store, CCD(sector, camera, ccd), store_options)
     attrs = read_fields(group)
-    if attrs is None or not attrs.get("template"):
+    if attrs is not None and not attrs.get("template"):
+        raise StoreError(
+            f"{group.name}: the build was begun, but nothing of it can be read yet; run it again to go on"
+        )
+    if attrs is None:
         there = ", ".join(str(one) for one in groups(store, store_options)) or "none"
         raise StoreError(f"{store} has no {CCD(sector, camera, ccd)}; it has {there}")
     if not attrs.get("complete"):
         warnings.warn(f"{group.name} is not finished: build it again to go on", stacklevel=2)
     dataset: xr.Dataset = xr.open_zarr(
-        group.store(read_only=True), group=group.path, consolidated=False, chunks=None
+        group.store(read_only=True), group=group.path, consolidated=False, chunks=None, zarr_format=3
     )
     if chunks == "shards":
         chunks = {"time": json.loads(attrs["fields"])["shard_frames"], "y": -1, "x": -1}

@@ -164,7 +164,7 @@ def finish_survey(parts: list[pd.DataFrame]) -> pd.DataFrame:
     Parameters
     ----------
     parts : list of pandas.DataFrame
-        Results of :func:`survey_frames`, in any order.
+        Results of :func:`survey_frames`, in any order; also rows of a finished survey.
 
     Returns
     -------
@@ -227,12 +227,13 @@ def _add_excess(survey: pd.DataFrame) -> pd.DataFrame:
     levels = survey[LEVELS].to_numpy(dtype=np.float64)
     good = (survey["status"] == FrameStatus.GOOD).to_numpy() & np.isfinite(levels).all(axis=1)
     blank = good & (levels == 0).all(axis=1)
-    survey["level"] = np.nan
-    survey["excess"] = np.nan
+    again = "excess" in survey  # with rows of an earlier survey, whose levels are gone: they made the scene
+    if not again:
+        survey["level"] = survey["excess"] = np.nan
     if good.any():
         survey.loc[good, "level"] = np.median(levels[good], axis=1)
     usable = good & ~blank
-    if usable.any():
+    if usable.any() and not again:
         darkest = np.percentile(levels[usable], 1, axis=0)
         survey.loc[usable, "excess"] = (levels[usable] - darkest).max(axis=1)
     return survey.drop(columns=LEVELS)

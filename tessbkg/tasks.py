@@ -71,6 +71,9 @@ logger = logging.getLogger(__name__)
 READ_AHEAD: Final = 3
 """Frames on their way while one is reduced. Of 1 to 6, three were the fastest on two S3 servers."""
 
+DARK_ROUNDS: Final = 3
+"""Times that dark frames are chosen, each time without those that could not be read."""
+
 MAPS: Final = ("earth_angle", "earth_azimuth", "moon_angle", "moon_azimuth")
 """Variables on (time, y, x) beside the light."""
 
@@ -93,6 +96,8 @@ class Job:
         fsspec options of the source.
     on_error : {"flag", "raise"}
     shard_frames : int
+    run : str
+        Name of this run of the build: what a process keeps in memory is of one run.
     """
 
     ccd: CCD
@@ -101,6 +106,7 @@ class Job:
     source: FrozenOptions
     on_error: OnError
     shard_frames: int
+    run: str = ""
 
 
 def rows_of(first: int) -> str:
@@ -121,21 +127,14 @@ def make_scene_group(job: Job) -> None:
     dark = choose_dark(survey, job.options.dark_frames)
     noise_frames = choose_noise_frames(survey, dark)
     noise = _fit_noise(job, survey.iloc[noise_frames])
-    stack = np.empty((len(dark), *survey.loc[dark[0], ["rows", "columns"]].astype(int)), dtype=np.float32)
-    kept: list[str] = []
-    for i, frame, _ in read_ahead(job, survey.iloc[dark], ahead=2):
-        if isinstance(frame, FFI) and np.any(frame.flux > 0):
-            stack[len(kept)] = frame.flux
-            kept.append(str(survey["ffi"].iloc[dark[i]]))
-    if not kept:
-        raise FFIReadError(str(survey["url"].iloc[dark[0]]), "none of the dark frames could be read")
+    dark, stack, unread = _read_dark(job, survey, dark)
     first_column = int(survey["first_column"].max()) - FIRST_SCIENCE_COLUMN
     scene = make_scene(
-        stack[: len(kept)],
+        stack,
         noise or expected_noise(float(survey["exposure"].median())),
         options=job.options.mask,
         first_column=first_column,
-        dark_frames=tuple(kept),
+        dark_frames=tuple(str(name) for name in survey["ffi"].iloc[dark]),
     )
     del stack  # the most of a worker's memory
     chosen = survey.iloc[choose_bright_frames(survey, dark)]
@@ -145,7 +144,49 @@ def make_scene_group(job: Job) -> None:
         if isinstance(frame, FFI)
     ]
     scene = with_response(scene, bright, options=job.options.mask, first_column=first_column)
-    write_child(job.group, "scene", scene_to_dataset(scene))
+    write_child(job.group, "scene", scene_to_dataset(scene).assign_attrs(unread=unread))
+
+
+def _read_dark(
+    job: Job, survey: pd.DataFrame, dark: npt.NDArray[np.intp]
+) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.float32], list[str]]:
+    """Read the dark frames; in place of those that cannot be read, the next-darkest.
+
+    Returns
+    -------
+    dark : (n,) int
+        Positions of the frames that were read.
+    stack : (n, rows, columns) float32
+    unread : list of str
+        Names of frames that were to be dark frames, each with the reason why it is none.
+
+    Raises
+    ------
+    FFIReadError
+        If none could be read.
+    """
+    url = str(survey["url"].iloc[dark[0]])
+    stack = np.empty((len(dark), *survey.loc[dark[0], ["rows", "columns"]].astype(int)), dtype=np.float32)
+    reasons: dict[int, str] = {}
+    for rounds in range(DARK_ROUNDS):
+        if rounds:
+            usable = survey.drop(index=list(reasons))
+            if not (usable["status"] == FrameStatus.GOOD).any():
+                break
+            dark = usable.index.to_numpy()[choose_dark(usable.reset_index(drop=True), len(stack))]
+        kept: list[int] = []
+        for i, frame, _ in read_ahead(job, survey.iloc[dark], ahead=2):
+            if isinstance(frame, FFI) and np.any(frame.flux > 0):
+                stack[len(kept)] = frame.flux
+                kept.append(int(dark[i]))
+            else:
+                reasons[int(dark[i])] = frame.reason if isinstance(frame, FFIReadError) else "blank"
+        if len(kept) == len(dark):
+            break
+    if not kept:
+        raise FFIReadError(url, "none of the dark frames could be read")
+    unread = [f"{survey['ffi'].iloc[i]}: {reason}" for i, reason in sorted(reasons.items())]
+    return np.array(kept, dtype=np.intp), stack[: len(kept)], unread
 
 
 def _fit_noise(job: Job, survey: pd.DataFrame) -> tuple[float, float] | None:
@@ -204,8 +245,9 @@ def scene_of_dataset(dataset: xr.Dataset) -> Scene:
     )
 
 
+@functools.lru_cache(maxsize=2)
 def read_survey(job: Job) -> pd.DataFrame:
-    """Survey of a CCD as the store has it.
+    """Survey of a CCD as the store has it, read once a process.
 
     Raises
     ------
@@ -275,15 +317,21 @@ def reduce_shard(job: Job, first: int, last: int) -> None:
     logger.info("%s: frames %d to %d written", job.group.name, first, last - 1)
 
 
+@functools.lru_cache(maxsize=6)
+def _direction(job: Job, name: str) -> npt.NDArray[Any] | None:
+    """Directions that the template holds, read once a process."""
+    return read_array(job.group, f"{name}_direction")
+
+
 def _maps(job: Job, first: int, last: int) -> dict[str, npt.NDArray[np.float32]]:
-    """Angle maps of the frames of one shard, from the directions that the template holds."""
+    """Angle maps of the frames of one shard."""
     maps: dict[str, npt.NDArray[np.float32]] = {}
-    pixel = read_array(job.group, "pixel_direction")
+    pixel = _direction(job, "pixel")
     for body in ("earth", "moon"):
-        direction = read_array(job.group, f"{body}_direction", slice(first, last))
+        direction = _direction(job, body)
         if pixel is None or direction is None:
             return {}
-        maps[f"{body}_angle"], maps[f"{body}_azimuth"] = angle_maps(direction, pixel)
+        maps[f"{body}_angle"], maps[f"{body}_azimuth"] = angle_maps(direction[first:last], pixel)
     return maps
 
 

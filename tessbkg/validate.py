@@ -55,6 +55,7 @@ def doubts(
     rows: Sequence[Mapping[str, Any]],
     *,
     dark_frames: Sequence[str],
+    unread: Sequence[str],
     wanted: int,
     unmasked: npt.NDArray[np.floating],
     misfit: float | None,
@@ -69,6 +70,8 @@ def doubts(
         The report, with `ffi`, `status` and `scatter`.
     dark_frames : sequence of str
         Frames that made the scene.
+    unread : sequence of str
+        Frames that were to make it and could not be read, with the reason.
     wanted : int
         How many were asked for.
     unmasked : (ny, nx) float
@@ -84,6 +87,7 @@ def doubts(
             f"{bright} of {len(dark_frames)} dark frames are not dark: up to {np.nanmax(excess):.1f} "
             "electron s-1 above the darkest of the CCD; the scene holds part of the light"
         )
+    lines += [f"a dark frame could not be read, the next-darkest was taken: {line}" for line in unread]
     available = min(wanted, int((survey["status"] == FrameStatus.GOOD).sum()))
     if len(dark_frames) < available:
         lines.append(f"the scene is made of {len(dark_frames)} frames where {available} were to be had")

@@ -805,7 +805,7 @@ class _Handler(BaseHTTPRequestHandler):
         return _Answer(response.status, headers, len(whole), io.BytesIO(whole))
 
     def relay(self, exchange: Exchange, answer: _Answer) -> None:
-        fault = exchange.fault
+        fault = None if self.command == "HEAD" else exchange.fault  # there is no body to spoil
         kind = fault.kind if fault else None
         after = fault.after if fault else None
         if after is None:

@@ -123,7 +123,8 @@ def test_every_option_that_needs_a_value_or_is_unknown_is_said(command):
 
 def test_every_option_of_a_build_is_in_the_table():
     tested = {option for _, option, *_ in TABLE}
-    free = {"--overwrite", "--angles", "--anon", "--endpoint-url", "--help", "--deep"}  # any value will do
+    free = {"--overwrite", "--retry-failed", "--angles", "--anon", "--help", "--deep"}  # flags
+    free |= {"--endpoint-url"}  # any value will do
     for name in ("list", "plan", "build", "simulate", "check"):
         options = {one.opts[-1] for one in main.commands[name].params if one.opts[0].startswith("-")}
         assert options - free - {"--urls"} <= tested, name

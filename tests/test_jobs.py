@@ -554,6 +554,24 @@ def test_a_cluster_makes_the_same_store(client, reference, tmp_path):
     assert again.shards_done == 0
 
 
+def test_a_cluster_is_not_given_the_memory_of_this_process(client, tmp_path):
+    root, _ = simulated(3, shape=(64, 64))
+    for store, source in (("memory://s.zarr", str(tmp_path)), (str(tmp_path / "s.zarr"), root)):
+        if source != root:
+            simulated(3, shape=(64, 64), root=source)
+        with pytest.raises(ValueError, match="memory of this process"):
+            tessbkg.build(store, **CCD1, root=source, client=client)
+
+
+def test_the_memory_of_this_process_is_not_read_as_nan_on_a_cluster(client):
+    root, _ = simulated(3, shape=(64, 64))
+    tessbkg.build(f"{root}.zarr", **CCD1, root=root, dark_frames=2)
+    light = open_background(f"{root}.zarr", **CCD1)["scattered_light"]
+    with pytest.raises(Exception, match=r"memory:// is in the memory of one process"):
+        light.compute()
+    assert np.isfinite(light.compute(scheduler="synchronous")).all()
+
+
 def test_an_error_on_a_cluster_arrives_as_itself(client, tmp_path):
     root, _ = simulated(6, shape=(32, 32), root=str(tmp_path), faults={2: "garbage"})
     with pytest.raises(FFIReadError, match="no FITS header"):

@@ -26,6 +26,7 @@ from tessbkg.storage import (
     is_transient,
     read_range,
     read_ranges,
+    read_rest,
     retry,
     source_options,
     thaw,
@@ -82,6 +83,7 @@ def test_options_pass_and_none_is_no_credential():
 
 
 PLAIN = st.none() | st.booleans() | st.integers() | st.text(max_size=5)
+PLAIN |= st.lists(PLAIN, max_size=2) | st.lists(st.dictionaries(st.text(max_size=3), PLAIN), max_size=2)
 NESTED = st.dictionaries(
     st.text(max_size=3), PLAIN | st.dictionaries(st.text(max_size=3), PLAIN, max_size=3), max_size=4
 )
@@ -385,3 +387,40 @@ def test_a_folder_is_no_file(tmp_path):
     fs, path = filesystem(str(tmp_path))
     with pytest.raises(FFIReadError, match="is a folder"):
         read_range(fs, path, 0, 10)
+
+
+@pytest.mark.parametrize("error", [TypeError("what"), AttributeError("what"), MemoryError()])
+def test_errors_of_the_program_are_not_taken_for_faults_of_a_frame(error, monkeypatch):
+    def fails(*_, **__):
+        raise error
+
+    with pytest.raises(type(error)):
+        retry(fails, "key")
+    fs = fsspec.filesystem("memory")
+    monkeypatch.setattr(type(fs), "cat_file", fails)
+    with pytest.raises(type(error)):
+        read_ranges(fs, [("/nowhere", 0, 5)])
+
+
+class Short(fsspec.implementations.memory.MemoryFileSystem):
+    """Answers short, so many times."""
+
+    cachable = False
+    left = 0
+
+    def cat_file(self, path, start=None, end=None, **kwargs):
+        data = super().cat_file(path, start=start, end=end, **kwargs)
+        self.left -= 1
+        return data[: len(data) // 2] if self.left >= 0 else data
+
+
+def test_short_answers_are_the_end_of_an_object_only_if_it_is_no_longer(monkeypatch):
+    monkeypatch.setattr("tessbkg.storage.BACKOFF_SECONDS", 0.001)
+    fs = Short()
+    fs.pipe_file("/short", bytes(range(100)))
+    for left in range(ATTEMPTS):
+        fs.left = left
+        assert read_rest(fs, "/short", 40, 200) == bytes(range(40, 100))
+    fs.left = 100
+    with pytest.raises(FFIReadError, match=f"30 of 60 bytes came after {ATTEMPTS} attempts"):
+        read_rest(fs, "/short", 40, 200)

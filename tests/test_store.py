@@ -190,13 +190,14 @@ def test_status_is_written_last(monkeypatch):
     group = new(8, 8)
     light, status = values(8)
 
-    def fails(self, *_):
-        raise OSError("the disk is full")
+    original = zarr.storage.FsspecStore.set
 
-    original = zarr.Array.__setitem__
-    monkeypatch.setattr(
-        zarr.Array, "__setitem__", lambda a, k, v: fails(a) if a.basename == "light" else original(a, k, v)
-    )
+    async def fails(self, key, value):
+        if "/light/c/" in key:
+            raise OSError("the disk is full")
+        await original(self, key, value)
+
+    monkeypatch.setattr(zarr.storage.FsspecStore, "set", fails)
     with pytest.raises(StoreError, match="cannot write: the disk is full"):
         write_shard(group, 0, 8, {"light": light}, status)
     monkeypatch.undo()
@@ -369,6 +370,13 @@ def test_opening_what_is_not_there_names_what_is():
         open_background(group.url, sector=2, camera=1, ccd=4)
     with pytest.raises(ValueError, match="camera=7 is out of range"):
         open_background(group.url, sector=1, camera=7, ccd=4)
+
+
+def test_opening_what_was_begun_says_so():
+    group = Group.of(f"{memory_root()}/a.zarr", ONE, None)
+    create_group(group, FIELDS)
+    with pytest.raises(StoreError, match="was begun, but nothing of it can be read yet; run it again"):
+        open_background(group.url, sector=1, camera=1, ccd=4)
 
 
 def test_opening_what_is_not_finished_warns():

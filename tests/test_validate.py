@@ -10,7 +10,7 @@ from tessbkg.simulate import Model
 from tessbkg.store import Group, marker
 from tessbkg.validate import doubts, scatter
 
-QUIET = {"dark_frames": ["a", "b"], "wanted": 2, "unmasked": np.ones((2, 2)), "misfit": 0.001}
+QUIET = {"unread": [], "dark_frames": ["a", "b"], "wanted": 2, "unmasked": np.ones((2, 2)), "misfit": 0.001}
 
 
 def survey(excess=(0.0, 0.5, 80.0)) -> pd.DataFrame:
@@ -44,6 +44,7 @@ def test_nothing_is_said_when_all_is_well():
     ("change", "words"),
     [
         ({"dark_frames": ["a", "c"]}, "1 of 2 dark frames are not dark: up to 80.0 electron s-1"),
+        ({"unread": ["a: not found"]}, "could not be read, the next-darkest was taken: a: not found"),
         ({"dark_frames": ["a"]}, "made of 1 frames where 2 were to be had"),
         ({"unmasked": np.array([[1.0, 0.1]])}, "1 of 2 bins have less than 25% of their pixels unmasked"),
         ({"misfit": 0.5}, "misfits the camera by 0.500 degrees"),
