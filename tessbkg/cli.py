@@ -135,6 +135,12 @@ def reduction_options(function: Any) -> Any:
             type=click.IntRange(1, 4096),
             help="Frames of a shard: the unit of work and of storage.",
         ),
+        click.option(
+            "--bin-hours",
+            type=click.FloatRange(min=0, min_open=True),
+            metavar="HOURS",
+            help="Write averages in time of this length too.",
+        ),
         click.option("--frames", type=FrameSlice(), help="Only these frames, in order of time."),
         click.option(
             "--ephemeris",

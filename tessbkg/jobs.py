@@ -31,10 +31,12 @@ from tessbkg.stack import (
 )
 from tessbkg.storage import Options as StorageOptions
 from tessbkg.store import (
+    BINNED,
     Group,
     begin_report,
     create_group,
     dataset_to_table,
+    delete_group,
     marker,
     read_array,
     read_child,
@@ -56,7 +58,16 @@ if TYPE_CHECKING:
     from distributed import Client
 
 from tessbkg.plan import BuildPlan, plan_build, survey_parts
-from tessbkg.tasks import Job, make_scene_group, make_template, reduce_shard, rows_of, survey_part
+from tessbkg.tasks import (
+    Job,
+    bin_shard,
+    make_binned_template,
+    make_scene_group,
+    make_template,
+    reduce_shard,
+    rows_of,
+    survey_part,
+)
 
 RETRIES: Final = 2
 """Times that a cluster tries a task again whose worker died or whose store failed."""
@@ -155,6 +166,7 @@ def build(
     overwrite: bool = False,
     client: Client | None = None,
     progress: Progress | None = None,
+    bin_hours: float | None = None,
     **reduction: Any,
 ) -> Report:
     """Reduce all FFIs of one CCD into a group of a Zarr store; go on where an earlier run ended.
@@ -187,6 +199,10 @@ def build(
         Cluster that does the work; this process does it without.
     progress : callable, optional
         Called with the name of a step, tasks done and tasks in all.
+    bin_hours : float, optional
+        Write the averages of :func:`tessbkg.bin_time` too, into the child group `binned`; open them with
+        ``open_background(..., binned=True)``. A store that has them keeps them up to date; another length
+        replaces them.
 
     Returns
     -------
@@ -227,6 +243,7 @@ def build(
         storage_options=storage_options,
         store_options=store_options,
         overwrite=overwrite,
+        bin_hours=bin_hours,
         **reduction,
     )
     return run_build(plan, client=client, overwrite=overwrite, progress=progress)
@@ -242,7 +259,9 @@ def run_build(
     """Do what a plan says; see :func:`build`."""
     began = time.perf_counter()
     job, tell = plan.job, progress or (_silent)
-    if not plan.missing and not plan.steps and marker(job.group.child("report"), "objects"):
+    hours = plan.bin_hours or (None if overwrite else marker(job.group.child(BINNED), "time_bin_hours"))
+    sealed = marker(job.group.child("report"), "objects")
+    if not plan.missing and not plan.steps and sealed and _is_binned(job, hours):
         return _report(plan, read_rows(job.group, "report"), [], began)
     create_group(job.group, plan.fields, overwrite=overwrite)
     survey = _survey_step(plan, client, tell)
@@ -253,6 +272,8 @@ def run_build(
     if not marker(job.group, "template"):
         write_template(job.group, make_template(job, survey), job.shard_frames)
     parts = plan.missing if not plan.steps else unwritten_shards(job.group, job.shard_frames)
+    if parts:
+        delete_group(job.group.child(BINNED))  # averages of what is about to change
     done = len(shards(len(plan.frames), job.shard_frames)) - len(parts)
     _run(
         client,
@@ -262,8 +283,32 @@ def run_build(
     rows = _shard_rows(job.group, len(plan.frames), job.shard_frames)
     warnings = _doubts(job, survey, rows)
     set_attributes(job.group, complete=1, **({"warnings": warnings} if warnings else {}))
+    if hours is not None:
+        _bin_step(job, hours, client, tell)
     write_rows(job.group, "report", rows, objects=sizes_and_digests(job.group))
     return _report(plan, rows, parts, began)
+
+
+def _is_binned(job: Job, hours: float | None) -> bool:
+    """Whether the averages in time that are wanted are there."""
+    child = job.group.child(BINNED)
+    return hours is None or (bool(marker(child, "complete")) and marker(child, "time_bin_hours") == hours)
+
+
+def _bin_step(job: Job, hours: float, client: Client | None, tell: Progress) -> None:
+    """Write the averages in time of a finished CCD, shard by shard, or go on with it."""
+    child = job.group.child(BINNED)
+    if marker(child, "time_bin_hours") not in {None, hours}:
+        delete_group(child)
+    if not marker(child, "template"):
+        _run(client, [(make_binned_template, (job, hours))], None)
+    parts = unwritten_shards(child, job.shard_frames)
+    _run(
+        client,
+        [(bin_shard, (job, hours, *part)) for part in parts],
+        lambda finished: tell("bin", finished, len(parts)),
+    )
+    set_attributes(child, complete=1)
 
 
 def _silent(*_: object) -> None:

@@ -16,6 +16,7 @@ from tessbkg.dataset import (
     SHARD_FRAMES,
     Options,
 )
+from tessbkg.evaluation import frame_spacing
 from tessbkg.ffi import SCIENCE_END
 from tessbkg.stack import (
     OnError,
@@ -76,6 +77,8 @@ class BuildPlan:
         First and last (exclusive) frame of every shard that is to be done.
     steps : tuple of str
         Steps before the shards that are to be done: survey, scene, template.
+    bin_hours : float, optional
+        Length of the bins in time that the CCD is averaged in too.
     """
 
     job: Job
@@ -83,6 +86,7 @@ class BuildPlan:
     fields: dict[str, Any]
     missing: list[tuple[int, int]]
     steps: tuple[str, ...]
+    bin_hours: float | None = None
 
     @property
     def tasks(self) -> int:
@@ -124,6 +128,7 @@ class BuildPlan:
             f"scene of {options.dark_frames} dark frames",
             f"result        {n} x {SCIENCE_SHAPE[0] // options.bin} x {SCIENCE_SHAPE[1] // options.bin}, "
             f"{2 * n * bins * 4 / 1e6:,.0f} MB before compression",
+            *([f"in time       means of {self.bin_hours:g} hours too"] if self.bin_hours else []),
             f"tasks         {self.tasks} of up to {job.shard_frames} frames, "
             f"about {memory / 1e6:,.0f} MB of memory each",
             f"done already  {len(total) - len(self.missing)} of {len(total)} shards"
@@ -147,6 +152,7 @@ def plan_build(
     storage_options: StorageOptions | None = None,
     store_options: StorageOptions | None = None,
     overwrite: bool = False,
+    bin_hours: float | None = None,
     **reduction: Any,
 ) -> BuildPlan:
     """Plan the build of one CCD: list its frames and see what the store has.
@@ -191,6 +197,8 @@ def plan_build(
         table = table.iloc[frames].reset_index(drop=True)
         if table.empty:
             raise ValueError(f"frames={_slice_text(frames)} selects none of {total} frames")
+    if bin_hours is not None:
+        _check_bin_hours(bin_hours, table)
     group = Group.of(store, identity, store_options)
     job = Job(identity, group, options, freeze(source), on_error, shard_frames)
     fields = {
@@ -218,7 +226,17 @@ def plan_build(
         )
         if not steps:
             missing = unwritten_shards(group, shard_frames)
-    return BuildPlan(job, table, fields, missing, steps)
+    return BuildPlan(job, table, fields, missing, steps, None if bin_hours is None else float(bin_hours))
+
+
+def _check_bin_hours(bin_hours: float, table: pd.DataFrame) -> None:
+    """Refuse bins that hold no more than one frame, before anything is read."""
+    spacing = 24 * frame_spacing(table["start"].to_numpy())
+    if not (np.isfinite(bin_hours) and bin_hours > 1.01 * spacing):
+        raise ValueError(
+            f"bin_hours={bin_hours!r} is not allowed: it must be more than the {spacing:.3g} hours "
+            "from frame to frame"
+        )
 
 
 def _slice_text(frames: slice) -> str:

@@ -9,7 +9,8 @@ only when the marker that is its last write is there:
 4. the template: every variable with its coordinates and attributes, no data; marker: attribute `template`;
 5. the shards along time, in any order, by anybody; marker: `frame_status` of the shard's frames;
 6. attribute `complete` of the CCD's group;
-7. child group `report`: what became of every frame, and the list of the group's objects; its digest is the
+7. where asked for, child group `binned`: averages in time, made as the CCD's group is (4 to 6);
+8. child group `report`: what became of every frame, and the list of the group's objects; its digest is the
    seal of the group (:func:`write_sealed`).
 
 Every chunk carries its CRC-32C, every `zarr.json` its digest in the list of objects: :mod:`tessbkg.check`
@@ -59,6 +60,9 @@ CHUNK_ROWS: Final = 256
 """Rows of a chunk of full-size images: a whole one would be held twice while it is decoded."""
 
 NOT_WRITTEN: Final = 255
+
+BINNED: Final = "binned"
+"""Child group of averages in time; its dimension is `time_bin`, as `time` is its parent's."""
 
 
 @dataclass(frozen=True)
@@ -388,7 +392,7 @@ def write_template(group: Group, template: xr.Dataset, shard_frames: int) -> Non
         codec = {"chunks": variable.shape, **_compressed(variable)}
         if name == "frame_status":
             codec |= {"chunks": (shard_frames,), "fill_value": NOT_WRITTEN}
-        elif variable.dims == ("time", "y", "x"):
+        elif variable.dims[1:] == ("y", "x"):
             frames = CHUNK_FRAMES if shard_frames % CHUNK_FRAMES == 0 else shard_frames
             codec |= {
                 "chunks": (frames, *variable.shape[1:]),
@@ -520,9 +524,10 @@ def seal_holds(content: bytes) -> bool:
 
 
 def begin_report(group: Group) -> None:
-    """Make the child group `report`, empty: shards put their rows below it."""
-    if marker(group.child("report"), "digest") is None:
-        write_sealed(group.child("report"), {})
+    """Make the child group `report`, or take its list of objects away: shards put their rows below it."""
+    report = group.child("report")
+    if marker(report, "digest") is None or marker(report, "objects"):
+        write_rows(group, "report", read_rows(group, "report"))
 
 
 def write_rows(group: Group, name: str, rows: list[dict[str, Any]], **more: Any) -> None:
@@ -608,6 +613,7 @@ def open_background(
     ccd: int,
     store_options: Options | None = None,
     chunks: Any = "shards",
+    binned: bool = False,
 ) -> xr.Dataset:
     """Open the scattered light of one CCD, lazily.
 
@@ -623,15 +629,21 @@ def open_background(
         fsspec options of the store. Never credentials.
     chunks : optional
         As in `xarray.open_zarr`; by default one shard a chunk. None gives NumPy arrays read when indexed.
+    binned : bool
+        Open the averages in time that :func:`tessbkg.build` wrote with `bin_hours`, as
+        :func:`tessbkg.bin_time` gives them. In the store their dimension is `time_bin`, which xarray's
+        `open_datatree` needs; here it is `time`.
 
     Returns
     -------
     xarray.Dataset
+        `scattered_light`, `scattered_light_err` : (time, y, x) float32, electron s-1, and what the README's
+        table of the store lists.
 
     Raises
     ------
     StoreError
-        If there is no such group; the message names those there are.
+        If there is no such group; the message names those there are. If it is not binned in time.
     StoreMismatchError
         If it has another layout.
     ValueError
@@ -656,11 +668,17 @@ def open_background(
     if attrs is None or not attrs.get("template"):
         there = ", ".join(str(one) for one in groups(store, store_options)) or "none"
         raise StoreError(f"{store} has no {CCD(sector, camera, ccd)}; it has {there}")
-    if not attrs.get("complete"):
+    if binned:
+        group = group.child(BINNED)
+        if not marker(group, "complete"):
+            raise StoreError(f"{group.name} is not there: build it with bin_hours=2 or so")
+    elif not attrs.get("complete"):
         warnings.warn(f"{group.name} is not finished: build it again to go on", stacklevel=2)
     dataset: xr.Dataset = xr.open_zarr(
         group.store(read_only=True), group=group.path, consolidated=False, chunks=None
     )
+    if binned:
+        dataset = dataset.rename(time_bin="time")
     if chunks == "shards":
         chunks = {"time": json.loads(attrs["fields"])["shard_frames"], "y": -1, "x": -1}
     for variable in dataset.variables.values():
