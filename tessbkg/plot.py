@@ -55,7 +55,12 @@ def _show(figure: Figure, axes: Any, image: npt.NDArray[Any], title: str, label:
 
 
 def plot_reduction(
-    flux: npt.NDArray[np.float32], scene: Scene, light: npt.NDArray[np.float32], *, title: str = ""
+    flux: npt.NDArray[np.float32],
+    scene: Scene,
+    light: npt.NDArray[np.float32],
+    *,
+    title: str = "",
+    before: str = "before: the frame",
 ) -> Figure:
     """Draw one frame, its static scene, the mask, and the scattered light that is left.
 
@@ -64,7 +69,8 @@ def plot_reduction(
     flux : (rows, columns) float32, electron s-1
     scene : Scene
     light : (ny, nx) float32, electron s-1
-    title : str
+    title, before : str
+        Of the whole, and of the picture of `flux`.
 
     Returns
     -------
@@ -86,7 +92,7 @@ def plot_reduction(
     low, high = np.nanpercentile(scene.flux, [1, 99.5])
     sky = {"norm": _norm(low - 5, max(high, float(np.nanpercentile(flux, 99.5))), 30), "cmap": "viridis"}
     extent = (-0.5, flux.shape[1] - 0.5, -0.5, flux.shape[0] - 0.5)
-    _show(figure, axes[0, 0], flux, "before: the frame", f"flux ({UNITS})", extent=extent, **sky)
+    _show(figure, axes[0, 0], flux, before, f"flux ({UNITS})", extent=extent, **sky)
     _show(figure, axes[0, 1], scene.flux, "the static scene", f"flux ({UNITS})", extent=extent, **sky)
     names = ["used", "star", "saturated", "strap", "bad"]
     kind = np.zeros(scene.mask.shape, dtype=np.uint8)

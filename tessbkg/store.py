@@ -605,6 +605,21 @@ def groups(url: str, options: Options | None = None) -> list[CCD]:
     return sorted(found)
 
 
+def select(there: list[CCD], store: str, **wanted: int | None) -> list[CCD]:
+    """Keep the CCDs of a store that have the numbers that are wanted; None is any.
+
+    Raises
+    ------
+    StoreError
+        If there is none; the message names those there are.
+    """
+    found = [one for one in there if all(n in {None, getattr(one, name)} for name, n in wanted.items())]
+    if not found:
+        listed = ", ".join(str(one) for one in there) or "none"
+        raise StoreError(f"{store} has no CCD that is asked for; it has {listed}")
+    return found
+
+
 def open_background(
     store: str,
     *,
