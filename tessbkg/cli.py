@@ -442,6 +442,11 @@ def build_command(*, workers: int | None, scheduler: str | None, overwrite: bool
 
 @contextlib.contextmanager
 def _cluster(workers: int | None, scheduler: str | None) -> Iterator[Any]:
+    if workers or scheduler:
+        import distributed  # noqa: F401, PLC0415 (which sets its own level of logging)
+
+        # its news of every connection would drown ours
+        logging.getLogger("distributed").setLevel(logging.getLogger().level)
     if workers:
         from tessbkg.jobs import local_cluster  # noqa: PLC0415
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -164,7 +165,7 @@ def _details(store: str, ccd: CCD, store_options: Options | None) -> Iterator[st
     }
     for name, text in notes.items():
         if text and options:
-            yield f"  {name:12s}{text}"
+            yield from textwrap.wrap(f"  {name:12s}{text}", 100, subsequent_indent=14 * " ")
     parts: dict[str, int] = {}
     for name, size in sizes.items():
         parts[name.split("/")[0]] = parts.get(name.split("/")[0], 0) + size

@@ -87,7 +87,7 @@ COLUMNS: Final = ("ffi", "status", "reason", "seconds", "nbytes", "retries", "sc
 Progress = Callable[[str, int, int], None]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Report:
     """What a build did.
 
@@ -130,6 +130,9 @@ class Report:
     def bad(self) -> pd.DataFrame:
         """Frames that are neither good nor rejected by quality."""
         return self.frames[~self.frames["status"].isin([FrameStatus.GOOD, FrameStatus.REJECTED])]
+
+    def __repr__(self) -> str:
+        return self.summary()
 
     def summary(self) -> str:
         """Say in a few lines what became of the frames."""

@@ -62,7 +62,7 @@ def survey_parts(n: int) -> list[slice]:
     return [slice(first, first + size) for first in range(0, n, size)]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class BuildPlan:
     """A build that has not begun: what there is to do, and what is done already.
 
@@ -112,6 +112,9 @@ class BuildPlan:
         if "scene" in self.steps:
             total += (self.job.options.dark_frames + 2 * NOISE_FRAMES) * science
         return int(total)
+
+    def __repr__(self) -> str:
+        return self.explain()
 
     def explain(self) -> str:
         """Say in a few lines what the build will do."""

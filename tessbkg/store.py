@@ -701,4 +701,6 @@ def open_background(
     if chunks is not None:
         cubes = {name: v for name, v in dataset.items() if v.dims == ("time", "y", "x")}
         dataset = dataset.assign({name: cube.chunk(chunks) for name, cube in cubes.items()})
-    return dataset
+    # the order in which a store lists arrays is none
+    names = sorted(str(name) for name in dataset.data_vars)
+    return dataset[sorted(names, key=lambda name: not name.startswith("scattered_light"))]
