@@ -703,4 +703,4 @@ def open_background(
         dataset = dataset.assign({name: cube.chunk(chunks) for name, cube in cubes.items()})
     # the order in which a store lists arrays is none
     names = sorted(str(name) for name in dataset.data_vars)
-    return dataset[sorted(names, key=lambda name: not name.startswith("scattered_light"))]
+    return dataset[sorted(names, key=lambda name: not str(name).startswith("scattered_light"))]
