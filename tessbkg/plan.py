@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -235,7 +236,8 @@ def plan_build(
 def _check_bin_hours(bin_hours: float, table: pd.DataFrame) -> None:
     """Refuse bins that hold no more than one frame, before anything is read."""
     spacing = 24 * frame_spacing(table["start"].to_numpy())
-    if not (np.isfinite(bin_hours) and bin_hours > 1.01 * spacing):
+    number = isinstance(bin_hours, int | float | np.number) and np.isfinite(bin_hours)
+    if not number or bin_hours <= 1.01 * spacing:
         raise ValueError(
             f"bin_hours={bin_hours!r} is not allowed: it must be more than the {spacing:.3g} hours "
             "from frame to frame"
@@ -252,7 +254,10 @@ def _options(options: Options | None, reduction: dict[str, Any]) -> Options:
         unknown = sorted(set(reduction) - set(Options.__dataclass_fields__))
         if unknown:
             allowed = ", ".join(Options.__dataclass_fields__)
-            raise ValueError(f"unknown option {unknown[0]!r}: allowed are {allowed}")
+            known = [*Options.__dataclass_fields__, *(plan_build.__kwdefaults__ or {})]
+            near = difflib.get_close_matches(unknown[0], known, 1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise ValueError(f"unknown option {unknown[0]!r}: {hint}allowed are {allowed}")
         return Options(**reduction)
     if reduction:
         raise ValueError(f"options and {sorted(reduction)[0]!r} are both given: put it into options")
