@@ -10,6 +10,7 @@ ds = tessbkg.open_background("bkg.zarr", sector=1, camera=1, ccd=4)
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ def __getattr__(name: str) -> Any:
         value = getattr(importlib.import_module(f"tessbkg.{_MODULE_OF[name]}"), name)
         globals()[name] = value
         return value
-    raise AttributeError(f"module 'tessbkg' has no attribute {name!r}")
+    raise AttributeError(f"module 'tessbkg' has no attribute {name!r}", name=name, obj=sys.modules[__name__])
 
 
 def __dir__() -> list[str]:

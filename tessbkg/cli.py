@@ -125,6 +125,32 @@ def store_options(function: Any) -> Any:
     )(function)
 
 
+def filter_options(function: Any) -> Any:
+    """Add the options that pick CCDs of a store."""
+    for name, high in (("ccd", 4), ("camera", 4), ("sector", 9999)):
+        which = f"Only this {name}. [default: all]"
+        function = click.option(f"--{name}", type=click.IntRange(1, high), help=which)(function)
+    return function
+
+
+def one_ccd(function: Any) -> Any:
+    """Add what says which CCD of which store goes into which file."""
+    for add in (
+        store_options,
+        *(
+            click.option(f"--{name}", type=click.IntRange(1, high), required=True)
+            for name, high in (("ccd", 4), ("camera", 4), ("sector", 9999))
+        ),
+        click.argument("out"),
+        click.argument("store"),
+    ):
+        function = add(function)
+    return function
+
+
+binned_option = click.option("--binned", is_flag=True, help="The averages in time (build --bin-hours).")
+
+
 def reduction_options(function: Any) -> Any:
     """Add the options of the reduction."""
     for option in (
@@ -134,6 +160,12 @@ def reduction_options(function: Any) -> Any:
             show_default=True,
             type=click.IntRange(1, 4096),
             help="Frames of a shard: the unit of work and of storage.",
+        ),
+        click.option(
+            "--bin-hours",
+            type=click.FloatRange(min=0, min_open=True),
+            metavar="HOURS",
+            help="Write averages in time of this length too.",
         ),
         click.option("--frames", type=FrameSlice(), help="Only these frames, in order of time."),
         click.option(
@@ -418,6 +450,11 @@ def build_command(
 
 @contextlib.contextmanager
 def _cluster(workers: int | None, scheduler: str | None) -> Iterator[Any]:
+    if workers or scheduler:
+        import distributed  # noqa: F401, PLC0415 (which sets its own level of logging)
+
+        # its news of every connection would drown ours
+        logging.getLogger("distributed").setLevel(logging.getLogger().level)
     if workers:
         from tessbkg.jobs import local_cluster  # noqa: PLC0415
 
@@ -466,93 +503,71 @@ def _progress(label: str) -> Iterator[Any]:
 
 @main.command("info")
 @click.argument("store")
+@filter_options
 @store_options
-def info_command(*, store: str, store_endpoint_url: str | None) -> None:
-    """Say what a store holds.
+def info_command(*, store: str, store_endpoint_url: str | None, **which: Any) -> None:
+    """Say what a store holds: its sectors, cameras and CCDs; of a single CCD, the details.
 
     \b
-    Example:
+    Examples:
       tessbkg info bkg.zarr
+      tessbkg info bkg.zarr --sector 1 --camera 1 --ccd 4
     """
-    import warnings  # noqa: PLC0415
+    from tessbkg.info import info  # noqa: PLC0415
 
-    import numpy as np  # noqa: PLC0415
-
-    from tessbkg.ffi import FrameStatus  # noqa: PLC0415
-    from tessbkg.store import groups  # noqa: PLC0415
-
-    options = _storage(store_endpoint_url, None)
-    found = groups(store, options)
-    if not found:
-        click.echo(f"{store} is empty")
-    for one in found:
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", UserWarning)
-                ds = tessbkg.open_background(
-                    store, sector=one.sector, camera=one.camera, ccd=one.ccd, store_options=options
-                )
-        except TessbkgError:
-            click.echo(f"{one.group}  begun, nothing written yet")
-            continue
-        statuses, numbers = np.unique(ds["frame_status"].to_numpy(), return_counts=True)
-        counts = ", ".join(
-            f"{n:,} {FrameStatus(int(s)).name.lower().replace('_', ' ')}"
-            for s, n in zip(statuses, numbers, strict=True)
-        )
-        size = " x ".join(str(n) for n in ds["scattered_light"].shape)
-        first, last = (float(ds["time"][i]) for i in (0, -1))
-        finished = "" if ds.attrs.get("complete") else "  NOT FINISHED"
-        click.echo(
-            f"{one.group}  {size}, bin {ds.attrs['bin']}, {ds.attrs['statistic']}, "
-            f"TJD {first:.3f} to {last:.3f}{finished}"
-        )
-        click.echo(f"  {counts}")
+    click.echo(info(store, store_options=_storage(store_endpoint_url, None), **which))
 
 
 @main.command("plot")
 @click.argument("store")
 @click.argument("out", type=click.Path(path_type=Path, dir_okay=False))
-@click.option("--sector", type=click.IntRange(1, 9999), required=True)
-@click.option("--camera", type=click.IntRange(1, 4), required=True)
-@click.option("--ccd", type=click.IntRange(1, 4), required=True)
+@filter_options
+@click.option(
+    "--kind",
+    type=click.Choice(["level", "frame", "focal-plane"]),
+    default="level",
+    show_default=True,
+    help="Light over time of a CCD; scene, mask and light of one frame of it; one frame of all CCDs.",
+)
+@click.option("--frame", type=click.IntRange(0), help="Number of the frame. [default: the brightest]")
+@click.option("--variable", default="scattered_light", show_default=True, help="Of the focal plane.")
 @store_options
 def plot_command(
-    *, store: str, out: Path, sector: int, camera: int, ccd: int, store_endpoint_url: str | None
+    *, store: str, out: Path, kind: str, store_endpoint_url: str | None, variable: str, **which: Any
 ) -> None:
-    """Draw the light of a CCD over time into the picture OUT, with flags, gaps, Earth and Moon.
+    """Draw a picture of a CCD, or of all CCDs of a sector, into OUT: .png, .pdf, .svg.
 
     \b
-    Example:
+    Examples:
       tessbkg plot bkg.zarr light.png --sector 1 --camera 1 --ccd 4
+      tessbkg plot bkg.zarr frame.png --sector 1 --camera 1 --ccd 4 --kind frame
+      tessbkg plot bkg.zarr sky.png --sector 1 --kind focal-plane --variable earth_angle
     """
+    from tessbkg.page import draw_focal_plane, draw_frame  # noqa: PLC0415
     from tessbkg.plot import plot_light_curve  # noqa: PLC0415
 
-    options = _storage(store_endpoint_url, None)
-    ds = tessbkg.open_background(store, sector=sector, camera=camera, ccd=ccd, store_options=options)
-    plot_light_curve(ds).savefig(out)
+    options, frame = _storage(store_endpoint_url, None), which.pop("frame")
+    needed = ("sector",) if kind == "focal-plane" else tuple(which)
+    for name in needed:
+        if which[name] is None:
+            raise click.UsageError(f"--{name} is needed with --kind {kind}")
+    if kind == "focal-plane":
+        figure = draw_focal_plane(store, variable, frame=frame, store_options=options, **which)
+    elif kind == "frame":
+        figure = draw_frame(store, frame=frame, store_options=options, **which)
+    else:
+        figure = plot_light_curve(tessbkg.open_background(store, store_options=options, **which))
+    figure.savefig(out)
     click.echo(out)
 
 
 @main.command("animate")
-@click.argument("store")
-@click.argument("out", type=click.Path(path_type=Path, dir_okay=False))
-@click.option("--sector", type=click.IntRange(1, 9999), required=True)
-@click.option("--camera", type=click.IntRange(1, 4), required=True)
-@click.option("--ccd", type=click.IntRange(1, 4), required=True)
+@one_ccd
+@binned_option
 @click.option("--variable", default="scattered_light", show_default=True, help="Any on (time, y, x).")
 @click.option("--fps", default=8, show_default=True, type=click.IntRange(1, 60), help="Frames a second.")
-@store_options
 def animate_command(
-    *,
-    store: str,
-    out: Path,
-    sector: int,
-    camera: int,
-    ccd: int,
-    variable: str,
-    fps: int,
-    store_endpoint_url: str | None,
+    *, store: str, out: str, variable: str, fps: int, store_endpoint_url: str | None, **which: Any
 ) -> None:
     """Animate the light, its error or an angle of a CCD into OUT: .gif, .html or .mp4.
 
@@ -562,17 +577,14 @@ def animate_command(
     """
     from tessbkg.plot import animate  # noqa: PLC0415
 
-    options = _storage(store_endpoint_url, None)
-    ds = tessbkg.open_background(store, sector=sector, camera=camera, ccd=ccd, store_options=options)
+    ds = tessbkg.open_background(store, store_options=_storage(store_endpoint_url, None), **which)
     animate(ds, out, variable=variable, fps=fps)
     click.echo(out)
 
 
 @main.command("check")
 @click.argument("store")
-@click.option("--sector", type=click.IntRange(1, 9999), help="Only this sector. [default: all]")
-@click.option("--camera", type=click.IntRange(1, 4), help="Only this camera. [default: all]")
-@click.option("--ccd", type=click.IntRange(1, 4), help="Only this CCD. [default: all]")
+@filter_options
 @click.option("--deep", is_flag=True, help="Reduce a sample of frames again from the source and compare.")
 @click.option(
     "--sample", default=8, show_default=True, type=click.IntRange(1), help="Frames a CCD of --deep."
@@ -607,15 +619,8 @@ def check_command(
 
 
 @main.command("report")
-@click.argument("store")
-@click.argument("out", type=click.Path(path_type=Path, dir_okay=False))
-@click.option("--sector", type=click.IntRange(1, 9999), required=True)
-@click.option("--camera", type=click.IntRange(1, 4), required=True)
-@click.option("--ccd", type=click.IntRange(1, 4), required=True)
-@store_options
-def report_command(
-    *, store: str, out: Path, sector: int, camera: int, ccd: int, store_endpoint_url: str | None
-) -> None:
+@one_ccd
+def report_command(*, store: str, out: str, store_endpoint_url: str | None, **which: Any) -> None:
     """Write a page about a built CCD, with pictures, into the HTML file OUT.
 
     \b
@@ -624,9 +629,8 @@ def report_command(
     """
     from tessbkg.page import quality_page  # noqa: PLC0415
 
-    options = _storage(store_endpoint_url, None)
-    page = quality_page(store, sector=sector, camera=camera, ccd=ccd, store_options=options)
-    out.write_text(page, encoding="utf-8")
+    page = quality_page(store, store_options=_storage(store_endpoint_url, None), **which)
+    Path(out).write_text(page, encoding="utf-8")
     click.echo(out)
 
 
@@ -737,27 +741,16 @@ def demo_command(*, out: Path, frames: int) -> None:
 
 
 @main.command("export")
-@click.argument("store")
-@click.argument("out")
-@click.option("--sector", type=click.IntRange(1, 9999), required=True)
-@click.option("--camera", type=click.IntRange(1, 4), required=True)
-@click.option("--ccd", type=click.IntRange(1, 4), required=True)
+@one_ccd
+@binned_option
 @click.option(
     "--format",
     "format_",
     type=click.Choice(["npz", "fits", "netcdf"]),
     help="npz and fits as of tess-backml. [default: as the name of OUT says]",
 )
-@store_options
 def export_command(
-    *,
-    store: str,
-    out: str,
-    sector: int,
-    camera: int,
-    ccd: int,
-    format_: str | None,
-    store_endpoint_url: str | None,
+    *, store: str, out: str, format_: str | None, store_endpoint_url: str | None, **which: Any
 ) -> None:
     """Write the light of one CCD of STORE to the file OUT in another format.
 
@@ -768,16 +761,9 @@ def export_command(
     from tessbkg.exports import export  # noqa: PLC0415
 
     known = {".npz": "npz", ".fits": "fits", ".nc": "netcdf"}
-    form = format_ or known.get(Path(out).suffix)
+    form: Any = format_ or known.get(Path(out).suffix)
     if form is None:
         raise click.UsageError(f"--format is needed: the name {out!r} ends in none of {', '.join(known)}")
-    export(
-        store,
-        out,
-        format=form,  # type: ignore[arg-type]
-        sector=sector,
-        camera=camera,
-        ccd=ccd,
-        store_options=_storage(store_endpoint_url, None),
-    )
-    click.echo(f"{out}: {form} of sector {sector} camera {camera} CCD {ccd}")
+    ds = tessbkg.open_background(store, store_options=_storage(store_endpoint_url, None), **which)
+    export(ds, out, format=form)
+    click.echo(f"{out}: {form} of {ds.attrs['title']}")

@@ -56,8 +56,9 @@ def export(
       That corrector interpolates in time only where the data are binned in time: give it
       ``bin_time(ds, hours=2)``; else it returns the frames themselves. Its grid lies half a pixel beside
       ours.
-    * ``netcdf``: the whole dataset, by h5netcdf or netCDF4 where one is installed, else as NetCDF 3 by SciPy,
-      which has no unsigned and no 8-byte integers (they become larger, or floats).
+    * ``netcdf``: the whole dataset, compressed NetCDF 4 by h5netcdf (extra `netcdf`) or netCDF4 where one is
+      installed, else NetCDF 3 by SciPy, which has no compression, no unsigned and no 8-byte integers (they
+      become larger, or floats).
 
     Parameters
     ----------

@@ -32,11 +32,13 @@ from tessbkg.stack import (
 )
 from tessbkg.storage import Options as StorageOptions
 from tessbkg.store import (
+    BINNED,
     NOT_WRITTEN,
     Group,
     begin_report,
     create_group,
     dataset_to_table,
+    delete_group,
     marker,
     read_array,
     read_child,
@@ -59,7 +61,16 @@ if TYPE_CHECKING:
     from distributed import Client
 
 from tessbkg.plan import BuildPlan, plan_build, survey_parts
-from tessbkg.tasks import Job, make_scene_group, make_template, reduce_shard, rows_of, survey_part
+from tessbkg.tasks import (
+    Job,
+    bin_shard,
+    make_binned_template,
+    make_scene_group,
+    make_template,
+    reduce_shard,
+    rows_of,
+    survey_part,
+)
 
 RETRIES: Final = 2
 """Times that a cluster tries a task again whose worker died or whose store failed."""
@@ -82,7 +93,7 @@ COLUMNS: Final = ("ffi", "status", "reason", "seconds", "nbytes", "retries", "sc
 Progress = Callable[[str, int, int], None]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Report:
     """What a build did.
 
@@ -126,6 +137,9 @@ class Report:
         """Frames that are neither good nor rejected by quality."""
         return self.frames[~self.frames["status"].isin([FrameStatus.GOOD, FrameStatus.REJECTED])]
 
+    def __repr__(self) -> str:
+        return self.summary()
+
     def summary(self) -> str:
         """Say in a few lines what became of the frames."""
         counts = ", ".join(f"{n:,} {name.replace('_', ' ')}" for name, n in self.counts.items())
@@ -162,6 +176,7 @@ def build(
     retry_failed: bool = False,
     client: Client | None = None,
     progress: Progress | None = None,
+    bin_hours: float | None = None,
     **reduction: Any,
 ) -> Report:
     """Reduce all FFIs of one CCD into a group of a Zarr store; go on where an earlier run ended.
@@ -197,6 +212,10 @@ def build(
         Cluster that does the work; this process does it without.
     progress : callable, optional
         Called with the name of a step, tasks done and tasks in all.
+    bin_hours : float, optional
+        Write the averages of :func:`tessbkg.bin_time` too, into the child group `binned`; open them with
+        ``open_background(..., binned=True)``. A store that has them keeps them up to date; another length
+        replaces them.
 
     Returns
     -------
@@ -237,6 +256,7 @@ def build(
         storage_options=storage_options,
         store_options=store_options,
         overwrite=overwrite,
+        bin_hours=bin_hours,
         **reduction,
     )
     return run_build(plan, client=client, overwrite=overwrite, retry_failed=retry_failed, progress=progress)
@@ -256,7 +276,9 @@ def run_build(
     if client is not None:
         _check_reachable(client, {job.group.url, *plan.frames["url"].iloc[:1]})
     retried = retry_failed and not overwrite and _forget_failed(job, plan.frames, client)
-    if not (plan.missing or plan.steps or retried) and marker(job.group.child("report"), "objects"):
+    hours = plan.bin_hours or (None if overwrite else marker(job.group.child(BINNED), "time_bin_hours"))
+    sealed = marker(job.group.child("report"), "objects")
+    if not (plan.missing or plan.steps or retried) and sealed and _is_binned(job, hours):
         return _report(plan, read_rows(job.group, "report"), [], began)
     create_group(job.group, plan.fields, overwrite=overwrite)
     survey = _survey_step(job, plan.frames, client, tell)
@@ -267,6 +289,8 @@ def run_build(
     if not marker(job.group, "template"):
         write_template(job.group, make_template(job, survey), job.shard_frames)
     parts = unwritten_shards(job.group, job.shard_frames) if plan.steps or retried else plan.missing
+    if parts:
+        delete_group(job.group.child(BINNED))  # averages of what is about to change
     done = len(shards(len(plan.frames), job.shard_frames)) - len(parts)
     _run(
         client,
@@ -276,8 +300,32 @@ def run_build(
     rows = _shard_rows(job.group, len(plan.frames), job.shard_frames)
     warnings = _doubts(job, survey, rows)
     set_attributes(job.group, complete=1, warnings=warnings or None)
+    if hours is not None:
+        _bin_step(job, hours, client, tell)
     write_rows(job.group, "report", rows, objects=sizes_and_digests(job.group))
     return _report(plan, rows, parts, began)
+
+
+def _is_binned(job: Job, hours: float | None) -> bool:
+    """Whether the averages in time that are wanted are there."""
+    child = job.group.child(BINNED)
+    return hours is None or (bool(marker(child, "complete")) and marker(child, "time_bin_hours") == hours)
+
+
+def _bin_step(job: Job, hours: float, client: Client | None, tell: Progress) -> None:
+    """Write the averages in time of a finished CCD, shard by shard, or go on with it."""
+    child = job.group.child(BINNED)
+    if marker(child, "time_bin_hours") not in {None, hours}:
+        delete_group(child)
+    if not marker(child, "template"):
+        _run(client, [(make_binned_template, (job, hours))], None)
+    parts = unwritten_shards(child, job.shard_frames)
+    _run(
+        client,
+        [(bin_shard, (job, hours, *part)) for part in parts],
+        lambda finished: tell("bin", finished, len(parts)),
+    )
+    set_attributes(child, complete=1)
 
 
 def _silent(*_: object) -> None:

@@ -255,6 +255,16 @@ def split(
     ------
     ValueError
         If an argument is wrong or one side would be empty.
+
+    Examples
+    --------
+    >>> import tessbkg, tessbkg.simulate
+    >>> _ = tessbkg.simulate.simulate("memory://sp", frames=8, shape=(64, 64))
+    >>> ccd = {"sector": 1, "camera": 1, "ccd": 4}
+    >>> _ = tessbkg.build("memory://sp.zarr", root="memory://sp", dark_frames=2, **ccd)
+    >>> train, test = split(open_frames("memory://sp.zarr"), test=0.5)
+    >>> len(train) > 0 and len(test) > 0
+    True
     """
     if by not in {"orbit", "sector"}:
         raise ValueError(f"by={by!r} is unknown: allowed are 'orbit' and 'sector'")
@@ -449,6 +459,16 @@ class Batches:
     ------
     ValueError
         If an argument is wrong or a CCD lacks a variable.
+
+    Examples
+    --------
+    >>> import tessbkg, tessbkg.simulate
+    >>> _ = tessbkg.simulate.simulate("memory://ba", frames=8, shape=(64, 64))
+    >>> ccd = {"sector": 1, "camera": 1, "ccd": 4}
+    >>> _ = tessbkg.build("memory://ba.zarr", root="memory://ba", dark_frames=2, **ccd)
+    >>> batch = next(iter(Batches(open_frames("memory://ba.zarr"), batch_size=4)))
+    >>> batch["earth_angle"].shape
+    (4, 1, 4, 4)
     """
 
     def __init__(
@@ -641,6 +661,20 @@ def statistics(
     -------
     dict
         ``{name: {"mean": ..., "std": ..., "n": ...}}``; NaN left out.
+
+    Raises
+    ------
+    ValueError
+        If a CCD lacks a variable.
+
+    Examples
+    --------
+    >>> import tessbkg, tessbkg.simulate
+    >>> _ = tessbkg.simulate.simulate("memory://st", frames=8, shape=(64, 64))
+    >>> ccd = {"sector": 1, "camera": 1, "ccd": 4}
+    >>> _ = tessbkg.build("memory://st.zarr", root="memory://st", dark_frames=2, **ccd)
+    >>> sorted(statistics(open_frames("memory://st.zarr")))
+    ['earth_angle', 'moon_angle', 'scattered_light']
     """
     names = (*choose_variables(frames, variables), *scalars)
     names = tuple(name for name in names if not name.endswith(CIRCULAR))
@@ -691,6 +725,24 @@ def normalise(batch: Batch, stats: Mapping[str, Mapping[str, float]]) -> Batch:
     """Take the mean away and divide by the standard deviation; turn azimuths into sine and cosine.
 
     Variables without statistics stay as they are. An azimuth `a` becomes `a_sin` and `a_cos`.
+
+    Parameters
+    ----------
+    batch : dict of str to array
+        From `Batches`.
+    stats : mapping
+        From `statistics`.
+
+    Returns
+    -------
+    dict of str to float32 array
+        Of the same shapes.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> normalise({"earth_angle": np.array([80.0, 100.0])}, {"earth_angle": {"mean": 90.0, "std": 5.0}})
+    {'earth_angle': array([-2.,  2.], dtype=float32)}
     """
     out: Batch = {}
     for name, values in batch.items():
@@ -719,6 +771,18 @@ def torch_batches(frames: Frames, **options: Any) -> BatchDataset:
     every epoch; ``dataset.state(batches_seen, workers=4)`` and ``dataset.load_state(state)`` go on in
     mid-epoch, in the same order, with the same number of workers.
 
+    Parameters
+    ----------
+    frames : Frames
+        From `open_frames` or `split`.
+    **options
+        As of `Batches`, but `worker` and `workers`.
+
+    Returns
+    -------
+    BatchDataset
+        Tensors by name; an example stands there.
+
     Raises
     ------
     ImportError
@@ -733,8 +797,19 @@ def torch_windows(frames: Frames, **options: Any) -> WindowDataset:
     """Make a map-style PyTorch dataset of windows, for samplers of your own.
 
     Random access costs one inner chunk (8 frames) a variable and sample, less in batches, which are read
-    together; `torch_batches` reads every shard once instead. Options: `window`, `stride`, `variables`,
-    `scalars`, `stats`.
+    together; `torch_batches` reads every shard once instead.
+
+    Parameters
+    ----------
+    frames : Frames
+        From `open_frames` or `split`.
+    **options
+        `window`, `stride`, `variables`, `scalars`, `stats`, as of `Batches`.
+
+    Returns
+    -------
+    WindowDataset
+        Tensors by name; an example stands there.
 
     Raises
     ------

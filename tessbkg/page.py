@@ -7,6 +7,7 @@ import html
 import io
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,9 +17,9 @@ import xarray as xr
 from tessbkg.ccd import CCD
 from tessbkg.errors import StoreError
 from tessbkg.ffi import FrameStatus
-from tessbkg.plot import UNITS, plot_light_curve, plot_reduction
+from tessbkg.plot import UNITS, plot_focal_plane, plot_light_curve, plot_reduction
 from tessbkg.storage import Options
-from tessbkg.store import Group, open_background, read_child, read_rows
+from tessbkg.store import Group, groups, open_background, read_child, read_rows, select
 from tessbkg.tasks import scene_of_dataset
 
 if TYPE_CHECKING:
@@ -70,10 +71,6 @@ def quality_page(
     identity = CCD(sector, camera, ccd)
     ds = open_background(store, sector=sector, camera=camera, ccd=ccd, store_options=store_options)
     group = Group.of(store, identity, store_options)
-    stored = read_child(group, "scene")
-    if stored is None:
-        raise StoreError(f"{group.name} has no scene")
-    scene = scene_of_dataset(stored)
     status = ds["frame_status"].to_numpy()
     good = status == FrameStatus.GOOD
     parts = [f"<h1>{html.escape(str(ds.attrs.get('title', identity)))}</h1>", _facts(ds, good)]
@@ -83,19 +80,152 @@ def quality_page(
     parts += ["<h2>Frames</h2>", _counts(status), _bad_frames(read_rows(group, "report"))]
     if good.any():
         parts += ["<h2>Light over time</h2>", _picture(plot_light_curve(ds))]
-        bright = int(np.argmax(np.where(good, ds["level"], -np.inf)))
-        light = ds["scattered_light"].isel(time=bright).to_numpy()
-        title = (
-            f"brightest good frame, TJD {float(ds['time'][bright]):.3f}: static scene and light put together"
-        )
-        figure = plot_reduction(_together(scene.flux, light, int(ds.attrs["bin"])), scene, light, title=title)
-        parts += ["<h2>Scene, mask and light</h2>", _picture(figure)]
+        parts += [
+            "<h2>Scene, mask and light of the brightest frame</h2>",
+            _picture(_draw_frame(group, ds, None)),
+        ]
         parts += ["<h2>Maps</h2>", _picture(_maps(ds, good))]
     parts += ["<h2>Parameters</h2>", _parameters(ds)]
     body = "\n".join(parts)
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         f"<title>{html.escape(str(identity))}</title><style>{STYLE}</style></head>\n<body>{body}</body></html>\n"
+    )
+
+
+def draw_frame(
+    store: str,
+    *,
+    sector: int,
+    camera: int,
+    ccd: int,
+    frame: int | None = None,
+    store_options: Options | None = None,
+) -> Figure:
+    """Draw the scene, the mask and the light of one frame of a store, and scene and light put together.
+
+    Parameters
+    ----------
+    store : str
+        Folder or URL.
+    sector, camera, ccd : int
+    frame : int, optional
+        Number of the frame in order of time, from 0; by default that of the brightest good one.
+    store_options : dict, optional
+        fsspec options of the store.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+
+    Raises
+    ------
+    StoreError
+        If there is no such group.
+    ValueError
+        If the frame is not there or not good.
+
+    Examples
+    --------
+    >>> import tessbkg, tessbkg.simulate
+    >>> _ = tessbkg.simulate.simulate("memory://frame", frames=4, shape=(64, 64))
+    >>> ccd = {"sector": 1, "camera": 1, "ccd": 4}
+    >>> _ = tessbkg.build("memory://f.zarr", root="memory://frame", dark_frames=2, **ccd)
+    >>> len(draw_frame("memory://f.zarr", frame=1, **ccd).axes)
+    8
+    """
+    ds = open_background(store, sector=sector, camera=camera, ccd=ccd, store_options=store_options)
+    return _draw_frame(Group.of(store, CCD(sector, camera, ccd), store_options), ds, frame)
+
+
+def _draw_frame(group: Group, ds: xr.Dataset, frame: int | None) -> Figure:
+    stored = read_child(group, "scene")
+    if stored is None:
+        raise StoreError(f"{group.name} has no scene")
+    scene, i = scene_of_dataset(stored), choose_frame(ds, frame)
+    light = ds["scattered_light"].isel(time=i).to_numpy()
+    title = f"{ds.attrs['title']}, TJD {float(ds['time'][i]):.3f}"
+    together = _together(scene.flux, light, int(ds.attrs["bin"]))
+    return plot_reduction(together, scene, light, title=title, before="static scene and light put together")
+
+
+def choose_frame(ds: xr.Dataset, frame: int | None) -> int:
+    """Take a good frame of a CCD: the one that is asked for, or the brightest.
+
+    Raises
+    ------
+    ValueError
+        If there is none.
+    """
+    good = ds["frame_status"].to_numpy() == FrameStatus.GOOD
+    if not good.any():
+        raise ValueError("there is no good frame to show")
+    if frame is None:
+        return int(np.argmax(np.where(good, ds["level"], -np.inf)))
+    if not frame < len(good) or not good[frame]:
+        allowed = f"good ones are among 0 to {np.flatnonzero(good)[-1]}"
+        raise ValueError(f"frame={frame} is not there or not good: {allowed}")
+    return frame
+
+
+def draw_focal_plane(
+    store: str,
+    variable: str = "scattered_light",
+    *,
+    sector: int,
+    camera: int | None = None,
+    ccd: int | None = None,
+    frame: int | None = None,
+    store_options: Options | None = None,
+) -> Figure:
+    """Draw one exposure of all CCDs of a sector that a store holds.
+
+    Parameters
+    ----------
+    store : str
+        Folder or URL.
+    variable : str
+        Any on (time, y, x).
+    sector, camera, ccd : int
+        Which CCDs; camera and ccd are optional.
+    frame : int, optional
+        Number of the frame of the first CCD, from 0; by default that of its brightest good one.
+    store_options : dict, optional
+        fsspec options of the store.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+
+    Raises
+    ------
+    StoreError
+        If there is no such CCD.
+    ValueError
+        If the frame or the variable is not there.
+
+    Examples
+    --------
+    >>> import tessbkg, tessbkg.simulate
+    >>> _ = tessbkg.simulate.simulate("memory://plane", frames=4, shape=(64, 64))
+    >>> ccd = {"sector": 1, "camera": 1, "ccd": 4}
+    >>> _ = tessbkg.build("memory://p.zarr", root="memory://plane", dark_frames=2, **ccd)
+    >>> len(draw_focal_plane("memory://p.zarr", "earth_angle", sector=1).axes)
+    2
+    """
+    wanted = {"sector": sector, "camera": camera, "ccd": ccd}
+    parts = [
+        open_background(store, **asdict(one), store_options=store_options)
+        for one in select(groups(store, store_options), store, **wanted)
+    ]
+    three = [str(name) for name, v in parts[0].items() if v.dims == ("time", "y", "x")]
+    if variable not in three:
+        raise ValueError(f"variable={variable!r} is not among those on (time, y, x): {', '.join(three)}")
+    time = float(parts[0]["time"][choose_frame(parts[0], frame)])
+    return plot_focal_plane(
+        [ds.isel(time=int(np.argmin(np.abs(ds["time"].to_numpy() - time)))) for ds in parts],
+        variable,
+        title=f"{variable.replace('_', ' ')}, sector {sector}, TJD {time:.3f}",
     )
 
 

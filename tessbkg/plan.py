@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from tessbkg.dataset import (
     SHARD_FRAMES,
     Options,
 )
+from tessbkg.evaluation import frame_spacing
 from tessbkg.ffi import SCIENCE_END
 from tessbkg.stack import (
     OnError,
@@ -61,7 +63,7 @@ def survey_parts(n: int) -> list[slice]:
     return [slice(first, first + size) for first in range(0, n, size)]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class BuildPlan:
     """A build that has not begun: what there is to do, and what is done already.
 
@@ -76,6 +78,8 @@ class BuildPlan:
         First and last (exclusive) frame of every shard that is to be done.
     steps : tuple of str
         Steps before the shards that are to be done: survey, scene, template.
+    bin_hours : float, optional
+        Length of the bins in time that the CCD is averaged in too.
     """
 
     job: Job
@@ -83,6 +87,7 @@ class BuildPlan:
     fields: dict[str, Any]
     missing: list[tuple[int, int]]
     steps: tuple[str, ...]
+    bin_hours: float | None = None
 
     @property
     def tasks(self) -> int:
@@ -109,6 +114,9 @@ class BuildPlan:
             total += (self.job.options.dark_frames + 2 * NOISE_FRAMES) * science
         return int(total)
 
+    def __repr__(self) -> str:
+        return self.explain()
+
     def explain(self) -> str:
         """Say in a few lines what the build will do."""
         options, job, n = self.job.options, self.job, len(self.frames)
@@ -124,6 +132,7 @@ class BuildPlan:
             f"scene of {options.dark_frames} dark frames",
             f"result        {n} x {SCIENCE_SHAPE[0] // options.bin} x {SCIENCE_SHAPE[1] // options.bin}, "
             f"{2 * n * bins * 4 / 1e6:,.0f} MB before compression",
+            *([f"in time       means of {self.bin_hours:g} hours too"] if self.bin_hours else []),
             f"tasks         {self.tasks} of up to {job.shard_frames} frames, "
             f"about {memory / 1e6:,.0f} MB of memory each",
             f"done already  {len(total) - len(self.missing)} of {len(total)} shards"
@@ -147,6 +156,7 @@ def plan_build(
     storage_options: StorageOptions | None = None,
     store_options: StorageOptions | None = None,
     overwrite: bool = False,
+    bin_hours: float | None = None,
     **reduction: Any,
 ) -> BuildPlan:
     """Plan the build of one CCD: list its frames and see what the store has.
@@ -191,6 +201,8 @@ def plan_build(
         table = table.iloc[frames].reset_index(drop=True)
         if table.empty:
             raise ValueError(f"frames={_slice_text(frames)} selects none of {total} frames")
+    if bin_hours is not None:
+        _check_bin_hours(bin_hours, table)
     group = Group.of(store, identity, store_options)
     job = Job(identity, group, options, freeze(source), on_error, shard_frames)
     fields = {
@@ -218,7 +230,18 @@ def plan_build(
         )
         if not steps:
             missing = unwritten_shards(group, shard_frames)
-    return BuildPlan(job, table, fields, missing, steps)
+    return BuildPlan(job, table, fields, missing, steps, None if bin_hours is None else float(bin_hours))
+
+
+def _check_bin_hours(bin_hours: float, table: pd.DataFrame) -> None:
+    """Refuse bins that hold no more than one frame, before anything is read."""
+    spacing = 24 * frame_spacing(table["start"].to_numpy())
+    number = isinstance(bin_hours, int | float | np.number) and np.isfinite(bin_hours)
+    if not number or bin_hours <= 1.01 * spacing:
+        raise ValueError(
+            f"bin_hours={bin_hours!r} is not allowed: it must be more than the {spacing:.3g} hours "
+            "from frame to frame"
+        )
 
 
 def _slice_text(frames: slice) -> str:
@@ -231,7 +254,10 @@ def _options(options: Options | None, reduction: dict[str, Any]) -> Options:
         unknown = sorted(set(reduction) - set(Options.__dataclass_fields__))
         if unknown:
             allowed = ", ".join(Options.__dataclass_fields__)
-            raise ValueError(f"unknown option {unknown[0]!r}: allowed are {allowed}")
+            known = [*Options.__dataclass_fields__, *(plan_build.__kwdefaults__ or {})]
+            near = difflib.get_close_matches(unknown[0], known, 1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise ValueError(f"unknown option {unknown[0]!r}: {hint}allowed are {allowed}")
         return Options(**reduction)
     if reduction:
         raise ValueError(f"options and {sorted(reduction)[0]!r} are both given: put it into options")

@@ -6,8 +6,9 @@ that are linear near zero and logarithmic far from it: the light spans five deca
 
 from __future__ import annotations
 
+import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,19 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from tessbkg.scene import Scene
+
+_BUTTONS = {
+    "minus": "-",
+    "fast-backward": "&#8676;",
+    "step-backward": "&larr;",
+    "play fa-flip-horizontal": "&#9664;",
+    "pause": "||",
+    "play": "&#9654;",
+    "step-forward": "&rarr;",
+    "fast-forward": "&#8677;",
+    "plus": "+",
+}
+"""Signs of an animation's buttons."""
 
 UNITS = "e$^-$ s$^{-1}$"
 
@@ -44,18 +58,55 @@ def _norm(low: float, high: float, linear: float) -> Any:
     return AsinhNorm(linear_width=linear, vmin=low, vmax=max(high, low + 1e-6))
 
 
+def _ticks(axis: Any, low: float, high: float, place: Callable[[Any], Any]) -> None:
+    """Put round numbers on an axis or bar whose ends are `low` and `high`; `place` maps it to 0 .. 1."""
+    decades = 10.0 ** np.arange(-2, 7)
+    kept: list[float] = []
+    # the roundest first; others where there is room
+    for values in ([0.0], decades, 5 * decades, 2 * decades):
+        for value in (sign * v for v in values for sign in (1, -1)):
+            if low <= value <= high and all(abs(place(value) - place(k)) > 0.07 for k in kept):
+                kept.append(value)
+    axis.set_ticks(kept, [f"{value:g}" for value in kept])
+    axis.set_ticks([], minor=True)
+
+
+def _bar(figure: Figure, drawn: Any, axes: Any, label: str, **style: Any) -> None:
+    """Draw the colour bar of an image."""
+    from matplotlib.colors import AsinhNorm  # noqa: PLC0415
+
+    bar = figure.colorbar(drawn, ax=axes, **style)
+    bar.set_label(label, fontsize=9)
+    bar.ax.tick_params(labelsize=8)
+    if isinstance(drawn.norm, AsinhNorm):
+        _ticks(bar.ax.yaxis, *bar.ax.get_ylim(), drawn.norm)
+
+
 def _show(figure: Figure, axes: Any, image: npt.NDArray[Any], title: str, label: str, **style: Any) -> None:
     """Draw one image with row 0 at the bottom, as FITS viewers do, and its colour bar."""
     drawn = axes.imshow(image, origin="lower", interpolation="nearest", **style)
     axes.set_title(title, fontsize=10)
-    bar = figure.colorbar(drawn, ax=axes, fraction=0.046, pad=0.03)
-    bar.set_label(label, fontsize=9)
-    bar.ax.tick_params(labelsize=8)
+    _bar(figure, drawn, axes, label, fraction=0.046, pad=0.03)
     axes.tick_params(labelsize=8)
 
 
+def _style(variable: str, values: npt.NDArray[Any]) -> dict[str, Any]:
+    """Choose colours and scale of a variable: light spans decades, azimuths come round."""
+    if variable.endswith("azimuth"):
+        return {"vmin": 0, "vmax": 360, "cmap": "twilight"}
+    low, high = np.nanpercentile(values, [0.2, 99.8])
+    if variable.startswith("scattered_light"):
+        return {"norm": _norm(min(low, 0.0), high, max((high - low) / 200, 0.5)), "cmap": "inferno"}
+    return {"vmin": low, "vmax": high, "cmap": "viridis"}
+
+
 def plot_reduction(
-    flux: npt.NDArray[np.float32], scene: Scene, light: npt.NDArray[np.float32], *, title: str = ""
+    flux: npt.NDArray[np.float32],
+    scene: Scene,
+    light: npt.NDArray[np.float32],
+    *,
+    title: str = "",
+    before: str = "before: the frame",
 ) -> Figure:
     """Draw one frame, its static scene, the mask, and the scattered light that is left.
 
@@ -64,7 +115,8 @@ def plot_reduction(
     flux : (rows, columns) float32, electron s-1
     scene : Scene
     light : (ny, nx) float32, electron s-1
-    title : str
+    title, before : str
+        Of the whole, and of the picture of `flux`.
 
     Returns
     -------
@@ -86,7 +138,7 @@ def plot_reduction(
     low, high = np.nanpercentile(scene.flux, [1, 99.5])
     sky = {"norm": _norm(low - 5, max(high, float(np.nanpercentile(flux, 99.5))), 30), "cmap": "viridis"}
     extent = (-0.5, flux.shape[1] - 0.5, -0.5, flux.shape[0] - 0.5)
-    _show(figure, axes[0, 0], flux, "before: the frame", f"flux ({UNITS})", extent=extent, **sky)
+    _show(figure, axes[0, 0], flux, before, f"flux ({UNITS})", extent=extent, **sky)
     _show(figure, axes[0, 1], scene.flux, "the static scene", f"flux ({UNITS})", extent=extent, **sky)
     names = ["used", "star", "saturated", "strap", "bad"]
     kind = np.zeros(scene.mask.shape, dtype=np.uint8)
@@ -156,13 +208,7 @@ def plot_focal_plane(
             raise ValueError(f"a dataset has no {variable!r} on (y, x), or no pixel_direction")
     if not parts:
         raise ValueError("datasets is empty: give one dataset of each CCD")
-    values = np.concatenate([ds[variable].to_numpy().ravel() for ds in parts])
-    low, high = np.nanpercentile(values, [0.2, 99.8])
-    style: dict[str, Any] = {"vmin": low, "vmax": high, "cmap": "viridis"}
-    if variable.endswith("azimuth"):
-        style = {"vmin": 0, "vmax": 360, "cmap": "twilight"}
-    elif variable.startswith("scattered_light"):
-        style = {"norm": _norm(min(low, 0), high, max((high - low) / 100, 0.1)), "cmap": "inferno"}
+    style = _style(variable, np.concatenate([ds[variable].to_numpy().ravel() for ds in parts]))
     wide = len({ds.attrs["camera"] for ds in parts}) > 1
     figure = _figure(14, 4.4) if wide else _figure(7, 6)
     axes = figure.subplots()
@@ -185,7 +231,7 @@ def plot_focal_plane(
     axes.set_ylabel("along Y (degree)")
     units = parts[0][variable].attrs.get("units", "1").replace("electron s-1", UNITS)
     label = f"{variable.replace('_', ' ')} ({units})"
-    figure.colorbar(drawn, ax=axes, pad=0.01, shrink=0.8 if wide else 1.0).set_label(label)
+    _bar(figure, drawn, axes, label, pad=0.01, shrink=0.8 if wide else 1.0)
     axes.set_title(title)
     return figure
 
@@ -241,19 +287,30 @@ def plot_light_curve(ds: xr.Dataset) -> Figure:
         for k, (name, bit, colour) in enumerate(marks):
             flagged = time[(quality & int(bit)) != 0]
             if flagged.size:
-                height = np.full(flagged.size, 1.0 - 0.03 * k)
+                height = np.full(flagged.size, 0.96 - 0.05 * k)
                 panels[0].plot(
-                    flagged, height, "|", color=colour, label=name, transform=panels[0].get_xaxis_transform()
+                    flagged,
+                    height,
+                    "|",
+                    ms=8,
+                    mew=1.5,
+                    color=colour,
+                    label=name,
+                    transform=panels[0].get_xaxis_transform(),
                 )
         if panels[0].get_legend_handles_labels()[0]:
             panels[0].legend(loc="upper left", fontsize=8, framealpha=0.8)
     panels[0].set_yscale("asinh", linear_width=1.0)
+    low_end, high_end = panels[0].get_ylim()
+    bottom, top = np.arcsinh([low_end, high_end])
+    _ticks(panels[0].yaxis, low_end, high_end, lambda value: (np.arcsinh(value) - bottom) / (top - bottom))
     panels[0].set_ylabel(f"scattered light ({UNITS})\nmedian and 5-95 % of the CCD")
+    size = 6 if len(time) < 300 else 2
     for body, colour in zip(angles, ("#009e73", "#999999"), strict=False):
-        panels[1].plot(time, ds[f"{body}_boresight_angle"], ".", ms=2, color=colour, label=body.title())
+        panels[1].plot(time, ds[f"{body}_boresight_angle"], ".", ms=size, color=colour, label=body.title())
     if angles:
         panels[1].set_ylabel("angle from the boresight (degree)")
-        panels[1].legend(fontsize=8)
+        panels[1].legend(fontsize=8, markerscale=6 / size)
     panels[-1].set_xlabel("time at the spacecraft, TJD (JD - 2457000, TDB)")
     panels[0].set_title(ds.attrs.get("title", ""))
     return figure
@@ -313,7 +370,6 @@ def animate(
         raise ValueError("there is no good frame to show")
     chosen = good[np.linspace(0, good.size - 1, min(good.size, max_frames)).round().astype(int)]
     cube = ds[variable].isel(time=chosen).to_numpy()
-    low, high = np.nanpercentile(cube, [0.5, 99.8])
     figure = _figure(6.4, 5.6)
     FigureCanvasAgg(figure)
     axes = figure.subplots()
@@ -323,8 +379,7 @@ def animate(
     half = float(ds["x"][1] - ds["x"][0]) / 2 if "x" in ds.coords and ds.sizes["x"] > 1 else 0.5
     x, y = (ds[d].to_numpy() if d in ds.coords else np.arange(ds.sizes[d]) for d in ("x", "y"))
     _show(
-        figure, axes, cube[0], " ", label, cmap="inferno",
-        norm=_norm(min(low, 0.0), high, max((high - low) / 200, 0.5)),
+        figure, axes, cube[0], " ", label, **_style(variable, cube),
         extent=(x[0] - half, x[-1] + half, y[0] - half, y[-1] + half),
     )  # fmt: skip
     axes.set_xlabel("science column (pixel)")
@@ -342,9 +397,17 @@ def animate(
         axes.set_title("  ".join(parts), fontsize=10)
         return (image,)
 
+    draw(0)
+    for _ in range(5):  # the layout comes to rest
+        figure.draw_without_rendering()
+    figure.set_layout_engine("none")  # nothing moves from frame to frame
     animation = FuncAnimation(figure, draw, frames=len(chosen), blit=False)
     if kind == ".html":
-        Path(path).write_text(animation.to_jshtml(fps=fps), encoding="utf-8")
+        page = animation.to_jshtml(fps=fps)
+        page = re.sub(r'<link rel="stylesheet"[^>]*>', "", page)  # an icon font from the network
+        for name, sign in _BUTTONS.items():
+            page = page.replace(f'<i class="fa fa-{name}"></i>', sign)
+        Path(path).write_text(page, encoding="utf-8")
         return
     writer = PillowWriter(fps=fps) if kind == ".gif" else FFMpegWriter(fps=fps)
     animation.save(str(path), writer=writer)

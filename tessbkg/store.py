@@ -9,10 +9,11 @@ only when the marker that is its last write is there:
 4. the template: every variable with its coordinates and attributes, no data; marker: attribute `template`;
 5. the shards along time, in any order, by anybody; marker: `frame_status` of the shard's frames;
 6. attribute `complete` of the CCD's group;
-7. child group `report`: what became of every frame, and the list of the group's objects; its digest is the
+7. where asked for, child group `binned`: averages in time, made as the CCD's group is (4 to 6);
+8. child group `report`: what became of every frame, and the list of the group's objects; its digest is the
    seal of the group (:func:`write_sealed`).
 
-Trying failed frames again takes back, in this order, 7, 6 and 4, the `frame_status` of their shards, and 2;
+Trying failed frames again takes back, in this order, 8, 6 and 4, the `frame_status` of their shards, and 2;
 then the build goes on as any other.
 
 Every chunk carries its CRC-32C, every `zarr.json` its digest in the list of objects: :mod:`tessbkg.check`
@@ -68,6 +69,8 @@ NOT_WRITTEN: Final = 255
 
 AT_ONCE: Final = 32
 """Objects on their way to a store."""
+BINNED: Final = "binned"
+"""Child group of averages in time; its dimension is `time_bin`, as `time` is its parent's."""
 
 
 @dataclass(frozen=True)
@@ -434,7 +437,7 @@ def write_template(group: Group, template: xr.Dataset, shard_frames: int) -> Non
         codec = {"chunks": variable.shape, **_compressed(variable)}
         if name == "frame_status":
             codec |= {"chunks": (shard_frames,), "fill_value": NOT_WRITTEN}
-        elif variable.dims == ("time", "y", "x"):
+        elif variable.dims[1:] == ("y", "x"):
             frames = CHUNK_FRAMES if shard_frames % CHUNK_FRAMES == 0 else shard_frames
             codec |= {
                 "chunks": (frames, *variable.shape[1:]),
@@ -556,9 +559,10 @@ def seal_holds(content: bytes) -> bool:
 
 
 def begin_report(group: Group) -> None:
-    """Make the child group `report`, empty: shards put their rows below it."""
-    if marker(group.child("report"), "digest") is None:
-        write_sealed(group.child("report"), {})
+    """Make the child group `report`, or take its list of objects away: shards put their rows below it."""
+    report = group.child("report")
+    if marker(report, "digest") is None or marker(report, "objects"):
+        write_rows(group, "report", read_rows(group, "report"))
 
 
 def write_rows(group: Group, name: str, rows: list[dict[str, Any]], **more: Any) -> None:
@@ -636,6 +640,21 @@ def groups(url: str, options: Options | None = None) -> list[CCD]:
     return sorted(found)
 
 
+def select(there: list[CCD], store: str, **wanted: int | None) -> list[CCD]:
+    """Keep the CCDs of a store that have the numbers that are wanted; None is any.
+
+    Raises
+    ------
+    StoreError
+        If there is none; the message names those there are.
+    """
+    found = [one for one in there if all(n in {None, getattr(one, name)} for name, n in wanted.items())]
+    if not found:
+        listed = ", ".join(str(one) for one in there) or "none"
+        raise StoreError(f"{store} has no CCD that is asked for; it has {listed}")
+    return found
+
+
 def open_background(
     store: str,
     *,
@@ -644,6 +663,7 @@ def open_background(
     ccd: int,
     store_options: Options | None = None,
     chunks: Any = "shards",
+    binned: bool = False,
 ) -> xr.Dataset:
     """Open the scattered light of one CCD, lazily.
 
@@ -659,15 +679,22 @@ def open_background(
         fsspec options of the store. Never credentials.
     chunks : optional
         As in `xarray.open_zarr`; by default one shard a chunk. None gives NumPy arrays read when indexed.
+    binned : bool
+        Open the averages in time that :func:`tessbkg.build` wrote with `bin_hours`, as
+        :func:`tessbkg.bin_time` gives them. In the store their dimension is `time_bin`, which xarray's
+        `open_datatree` needs; here it is `time`.
 
     Returns
     -------
     xarray.Dataset
+        `scattered_light`, `scattered_light_err` : (time, y, x) float32, electron s-1, and what the README's
+        table of the store lists.
 
     Raises
     ------
     StoreError
-        If there is no such group, the message naming those there are, or nothing is written of it yet.
+        If there is no such group, the message naming those there are; if nothing is written of it yet; if it
+        is not binned in time.
     StoreMismatchError
         If it has another layout.
     ValueError
@@ -696,11 +723,17 @@ def open_background(
     if attrs is None:
         there = ", ".join(str(one) for one in groups(store, store_options)) or "none"
         raise StoreError(f"{store} has no {CCD(sector, camera, ccd)}; it has {there}")
-    if not attrs.get("complete"):
+    if binned:
+        group = group.child(BINNED)
+        if not marker(group, "complete"):
+            raise StoreError(f"{group.name} is not there: build it with bin_hours=2 or so")
+    elif not attrs.get("complete"):
         warnings.warn(f"{group.name} is not finished: build it again to go on", stacklevel=2)
     dataset: xr.Dataset = xr.open_zarr(
         group.store(read_only=True), group=group.path, consolidated=False, chunks=None, zarr_format=3
     )
+    if binned:
+        dataset = dataset.rename(time_bin="time")
     if chunks == "shards":
         chunks = {"time": json.loads(attrs["fields"])["shard_frames"], "y": -1, "x": -1}
     for variable in dataset.variables.values():
@@ -708,4 +741,6 @@ def open_background(
     if chunks is not None:
         cubes = {name: v for name, v in dataset.items() if v.dims == ("time", "y", "x")}
         dataset = dataset.assign({name: cube.chunk(chunks) for name, cube in cubes.items()})
-    return dataset
+    # the order in which a store lists arrays is none
+    names = sorted(str(name) for name in dataset.data_vars)
+    return dataset[sorted(names, key=lambda name: not str(name).startswith("scattered_light"))]

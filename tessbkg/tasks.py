@@ -53,17 +53,21 @@ from tessbkg.storage import (
     thaw,
 )
 from tessbkg.store import (
+    BINNED,
     Group,
     dataset_to_table,
     empty_variable,
     marker,
+    open_background,
     read_array,
     read_child,
     write_child,
     write_rows,
     write_shard,
+    write_template,
 )
 from tessbkg.survey import choose_dark, survey_frames
+from tessbkg.timebins import bin_time
 from tessbkg.validate import scatter
 
 logger = logging.getLogger(__name__)
@@ -333,6 +337,34 @@ def _maps(job: Job, first: int, last: int) -> dict[str, npt.NDArray[np.float32]]
             return {}
         maps[f"{body}_angle"], maps[f"{body}_azimuth"] = angle_maps(direction[first:last], pixel)
     return maps
+
+
+def averages(job: Job, hours: float) -> xr.Dataset:
+    """Average a finished CCD in time, lazily."""
+    ds = open_background(job.group.url, **asdict(job.ccd), store_options=job.group.store_options)
+    return bin_time(ds, hours=hours)
+
+
+def make_binned_template(job: Job, hours: float) -> None:
+    """Write the template of the averages of a CCD: a task."""
+    ds = averages(job, hours)
+    for name, variable in ds.variables.items():
+        if variable.dims == ("time", "y", "x"):
+            ds[name] = (variable.dims, empty_variable(variable.shape, "f4", np.nan), variable.attrs)
+    status = empty_variable(ds["time"].shape, "u1", FrameStatus.NOT_WRITTEN)
+    ds["frame_status"] = ("time", status, ds["frame_status"].attrs)
+    template = ds.rename(time="time_bin")
+    template.attrs = {name: value for name, value in ds.attrs.items() if name not in {"complete", "template"}}
+    write_template(job.group.child(BINNED), template, job.shard_frames)
+
+
+def bin_shard(job: Job, hours: float, first: int, last: int) -> None:
+    """Average the frames of some bins and write them as one shard: a task."""
+    part = averages(job, hours).isel(time=slice(first, last))
+    cubes = part[[name for name, variable in part.items() if variable.dims == ("time", "y", "x")]]
+    # one thread: a worker's memory holds the frames of one block, not of several
+    values = {str(name): cube.to_numpy() for name, cube in cubes.compute(scheduler="sync").items()}
+    write_shard(job.group.child(BINNED), first, last, values, part["frame_status"].to_numpy())
 
 
 def reduce_frames(

@@ -27,7 +27,20 @@ def _tensors(batch: Batch) -> Tensors:
 
 
 class BatchDataset(IterableDataset[Tensors]):
-    """Whole batches, made in the worker that reads their shards."""
+    """Whole batches, made in the worker that reads their shards; see :func:`tessbkg.loader.torch_batches`.
+
+    Examples
+    --------
+    >>> from tessbkg.loader import open_frames, torch_batches
+    >>> import tessbkg, tessbkg.simulate
+    >>> _ = tessbkg.simulate.simulate("memory://bd", frames=8, shape=(64, 64))
+    >>> ccd = {"sector": 1, "camera": 1, "ccd": 4}
+    >>> _ = tessbkg.build("memory://bd.zarr", root="memory://bd", dark_frames=2, **ccd)
+    >>> dataset = torch_batches(open_frames("memory://bd.zarr"), batch_size=4)
+    >>> loader = torch.utils.data.DataLoader(dataset, batch_size=None)
+    >>> next(iter(loader))["scattered_light"].shape
+    torch.Size([4, 1, 4, 4])
+    """
 
     def __init__(
         self,
@@ -106,7 +119,18 @@ def _place() -> tuple[int, int]:
 
 
 class WindowDataset(Dataset[Tensors]):
-    """Windows by number."""
+    """Windows by number; see :func:`tessbkg.loader.torch_windows`.
+
+    Examples
+    --------
+    >>> from tessbkg.loader import open_frames, torch_windows
+    >>> import tessbkg, tessbkg.simulate
+    >>> _ = tessbkg.simulate.simulate("memory://wd", frames=8, shape=(64, 64))
+    >>> ccd = {"sector": 1, "camera": 1, "ccd": 4}
+    >>> _ = tessbkg.build("memory://wd.zarr", root="memory://wd", dark_frames=2, **ccd)
+    >>> torch_windows(open_frames("memory://wd.zarr"))[0]["scattered_light"].shape
+    torch.Size([1, 4, 4])
+    """
 
     def __init__(
         self,

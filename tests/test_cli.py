@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import xarray as xr
 from click.testing import CliRunner
-from frames import memory_root, simulated
+from frames import CCD1, memory_root, simulated
 from hypothesis import given
 from hypothesis import strategies as st
 
+import tessbkg
 from tessbkg.cli import FrameSlice, Numbers, main
 
 ONE = ["--sector", "1", "--camera", "1", "--ccd", "4"]
@@ -62,8 +63,6 @@ def test_help(command):
 
 
 def test_version():
-    import tessbkg
-
     assert tessbkg.__version__ in run("--version").output
 
 
@@ -229,8 +228,14 @@ def test_build_of_many_ccds(tmp_path):
     words = ["--sector", "1", "--camera", "1-2", "--ccd", "1,3", "--root", tmp_path]
     result = run("build", out, *words, *QUICK)
     assert result.output.count("2 frames (") == 2
-    info = run("info", out).output
-    assert re.findall(r"^s0001/cam1/ccd(\d)  2 x 2 x 2, bin 16", info, re.MULTILINE) == ["1", "3"]
+    lines = run("info", out).output.splitlines()
+    assert re.fullmatch(r".*a\.zarr: 2 CCDs, [\d.]+ MB", lines[0])
+    assert lines[1:3] == ["sector 1", "  camera 1"]
+    begins = [f"    CCD {n}  complete, 2 frames, 2 x 2 bins of 16 pixels, whole" for n in (1, 3)]
+    assert [line[: len(begins[0])] for line in lines[3::2]] == begins
+    assert all(line.endswith(": 2 good") for line in lines[4::2])
+    assert run("info", out, "--ccd", "3").output.count("CCD ") == 1
+    assert "it has sector 1 camera 1 CCD 1, sector" in refused("info", out, "--camera", "2", code=1)
 
 
 def test_source_and_store_on_two_servers(hadro, ministack, proxy):
@@ -251,10 +256,65 @@ def test_source_and_store_on_two_servers(hadro, ministack, proxy):
 
 def test_info(store, tmp_path):
     text = run("info", store).output
-    assert "s0001/cam1/ccd4  6 x 4 x 4, bin 16" in text
-    assert "NOT FINISHED" not in text
-    assert "1 bad header" in text
+    assert "CCD 4  complete, 6 frames, 4 x 4 bins of 16 pixels, whole" in text
+    assert ": 5 good, 1 bad header" in text
+    details = run("info", store, *ONE).output
+    for part in ("scene       of 2 dark frames: tess", "errors      by model", "scattered_light 0."):
+        assert part in details
     assert "is not a Zarr store" in refused("info", tmp_path / "nothing", code=1)
+
+
+def test_info_of_a_build_that_is_not_finished(sky):
+    from tessbkg.jobs import run_build
+
+    url = f"{memory_root()}/a.zarr"
+
+    def stop(at):
+        def progress(step, done, total):
+            if (step, done) == at:
+                raise KeyboardInterrupt
+
+        return progress
+
+    for at, words in ((("scene", 0), "begun, nothing written yet"), (("reduce", 1), "NOT FINISHED (1 of 3")):
+        plan = tessbkg.plan_build(url, root=sky, **CCD1, dark_frames=2, angles=False, shard_frames=2)
+        with pytest.raises(KeyboardInterrupt):
+            run_build(plan, progress=stop(at))
+        assert words in run("info", url).output
+    assert "NOT FINISHED (1 of 3 shards), 6 frames" in run("info", url, *ONE).output
+
+
+def test_averages_in_time(sky):
+    url = f"{memory_root()}/a.zarr"
+    words = ["build", url, *ONE, "--root", sky, *QUICK, "--bin-hours"]
+    assert "hours from frame to frame" in refused(*words, "99")
+    assert "means of 250 hours too" in run("plan", url, *ONE, "--root", sky, "--bin-hours", "250").output
+    run(*words, "250")
+    assert "means of 250 h" in run("info", url).output
+
+
+def test_pictures_and_pages(sky, tmp_path):
+    url = str(tmp_path / "a.zarr")
+    run("build", url, *ONE, "--root", sky, "--dark-frames", "2", "--bin-hours", "250")
+    for words in (
+        ["plot", url, "level.png", *ONE],
+        ["plot", url, "frame.png", *ONE, "--kind", "frame", "--frame", "1"],
+        ["plot", url, "plane.png", "--sector", "1", "--kind", "focal-plane", "--variable", "earth_angle"],
+        ["animate", url, "light.gif", *ONE],
+        ["animate", url, "binned.gif", *ONE, "--binned", "--variable", "moon_angle"],
+        ["report", url, "page.html", *ONE],
+        ["export", url, "binned.npz", *ONE, "--binned"],
+    ):
+        words[2] = str(tmp_path / words[2])
+        assert words[2] in run(*words).output.replace("\n", "")
+        assert (tmp_path / words[2]).stat().st_size > 3000
+    out = tmp_path / "x.png"
+    assert "--camera is needed with --kind level" in refused("plot", url, out, "--sector", "1")
+    assert "frame=2 is not there or not good" in refused(
+        "plot", url, out, *ONE, "--kind", "frame", "--frame", "2"
+    )
+    words = ["plot", url, out, "--sector", "1", "--kind", "focal-plane", "--variable"]
+    assert "variable='earth' is not among" in refused(*words, "earth")
 
 
 def test_simulate(tmp_path):

@@ -248,7 +248,7 @@ def binned_light(sim, i, size):
 def test_accuracy_on_simulated_frames(kind, bars, spread):
     """On a seed that no constant was tuned on."""
     sim = simulate.Simulation(frames=24, seed=7, model=simulate.KINDS[kind])
-    dark = [0, 1, 2, 3, 4, 6, 13, 14, 15, 16, 18, 20]
+    dark = [0, 1, 2, 3, 4, 13, 14, 15, 16, 18]
     quiet, bright = [5, 17, 19], [10, 21, 22]
     if kind == "moon":  # which lights up the first orbit
         dark, quiet = [0, 13, 14, 15, 16, 17, 18, 20], [19]
@@ -261,7 +261,9 @@ def test_accuracy_on_simulated_frames(kind, bars, spread):
             )
             for name in ("whole", "median")
         }  # fmt: skip
-        zero = min((binned_light(sim, i, size) for i in dark), key=np.mean)  # it never goes away
+        darkest = sorted((binned_light(sim, i, size) for i in dark), key=np.mean)
+        # What the darkest frames hold never goes away.
+        zero = np.mean([light for light in darkest if light.mean() < darkest[0].mean() + 0.01], axis=0)
         for i in quiet + bright:
             [frame] = frames_of(sim, [i])
             truth = binned_light(sim, i, size) - zero
