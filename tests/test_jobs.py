@@ -154,7 +154,7 @@ def test_frames_can_be_chosen(sky):
         ({"shard_frames": 0}, "shard_frames=0 is out of range: allowed are 1 to 4096"),
         ({"shard_frames": 8.0}, "shard_frames=8.0"),
         ({"on_error": "skip"}, "on_error='skip' is unknown"),
-        ({"bins": 16}, "unknown option 'bins': allowed are bin, statistic"),
+        ({"bins": 16}, r"unknown option 'bins': did you mean 'bin'\? allowed are bin, statistic"),
         ({"bin": 15}, "bin=15 is not allowed"),
         ({"options": tessbkg.Options(), "bin": 8}, "options and 'bin' are both given"),
         ({"storage_options": {"key": "x"}}, "storage_options holds 'key'"),
