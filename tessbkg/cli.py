@@ -125,27 +125,24 @@ def store_options(function: Any) -> Any:
     )(function)
 
 
-def filter_options(function: Any) -> Any:
-    """Add the options that pick CCDs of a store."""
+def which_options(function: Any) -> Any:
+    """Add the argument STORE and the options that pick CCDs of it."""
     for name, high in (("ccd", 4), ("camera", 4), ("sector", 9999)):
         which = f"Only this {name}. [default: all]"
         function = click.option(f"--{name}", type=click.IntRange(1, high), help=which)(function)
-    return function
+    return click.argument("store")(store_options(function))
 
 
-def one_ccd(function: Any) -> Any:
-    """Add what says which CCD of which store goes into which file."""
-    for add in (
-        store_options,
-        *(
-            click.option(f"--{name}", type=click.IntRange(1, high), required=True)
-            for name, high in (("ccd", 4), ("camera", 4), ("sector", 9999))
-        ),
-        click.argument("out"),
-        click.argument("store"),
-    ):
-        function = add(function)
-    return function
+def _only(store: str, store_options: dict[str, Any], **which: int | None) -> dict[str, int]:
+    """Give the one CCD of a store that the options leave."""
+    from tessbkg.store import groups, select  # noqa: PLC0415 (slow to import)
+
+    found = select(groups(store, store_options), store, **which)
+    if len(found) > 1:
+        raise click.UsageError(
+            f"{store} has {len(found)} such CCDs, {found[0]} to {found[-1]}: give --sector, --camera, --ccd"
+        )
+    return asdict(found[0])
 
 
 binned_option = click.option("--binned", is_flag=True, help="The averages in time (build --bin-hours).")
@@ -428,7 +425,7 @@ def plan_command(**arguments: Any) -> None:
 def build_command(
     *, workers: int | None, scheduler: str | None, overwrite: bool, retry_failed: bool, **arguments: Any
 ) -> None:
-    """Build scattered light of CCDs into the Zarr store OUT, or go on with it.
+    """Build the light of CCDs into the store OUT, or go on with it.
 
     \b
     Examples:
@@ -502,11 +499,11 @@ def _progress(label: str) -> Iterator[Any]:
 
 
 @main.command("info")
-@click.argument("store")
-@filter_options
-@store_options
+@which_options
 def info_command(*, store: str, store_endpoint_url: str | None, **which: Any) -> None:
-    """Say what a store holds: its sectors, cameras and CCDs; of a single CCD, the details.
+    """Say what a store holds: its sectors, cameras and CCDs.
+
+    Of a single CCD, the details.
 
     \b
     Examples:
@@ -519,9 +516,8 @@ def info_command(*, store: str, store_endpoint_url: str | None, **which: Any) ->
 
 
 @main.command("plot")
-@click.argument("store")
+@which_options
 @click.argument("out", type=click.Path(path_type=Path, dir_okay=False))
-@filter_options
 @click.option(
     "--kind",
     type=click.Choice(["level", "frame", "focal-plane"]),
@@ -531,60 +527,72 @@ def info_command(*, store: str, store_endpoint_url: str | None, **which: Any) ->
 )
 @click.option("--frame", type=click.IntRange(0), help="Number of the frame. [default: the brightest]")
 @click.option("--variable", default="scattered_light", show_default=True, help="Of the focal plane.")
-@store_options
 def plot_command(
     *, store: str, out: Path, kind: str, store_endpoint_url: str | None, variable: str, **which: Any
 ) -> None:
-    """Draw a picture of a CCD, or of all CCDs of a sector, into OUT: .png, .pdf, .svg.
+    """Draw light over time, a frame, or the focal plane into OUT.
+
+    OUT ends in .png, .pdf or .svg. Where the store has several CCDs, say which.
 
     \b
     Examples:
-      tessbkg plot bkg.zarr light.png --sector 1 --camera 1 --ccd 4
-      tessbkg plot bkg.zarr frame.png --sector 1 --camera 1 --ccd 4 --kind frame
-      tessbkg plot bkg.zarr sky.png --sector 1 --kind focal-plane --variable earth_angle
+      tessbkg plot bkg.zarr light.png
+      tessbkg plot bkg.zarr frame.png --kind frame --sector 1 --camera 1 --ccd 4
+      tessbkg plot bkg.zarr sky.png --kind focal-plane --variable earth_angle --sector 1
     """
     from tessbkg.page import draw_focal_plane, draw_frame  # noqa: PLC0415
     from tessbkg.plot import plot_light_curve  # noqa: PLC0415
 
     options, frame = _storage(store_endpoint_url, None), which.pop("frame")
-    needed = ("sector",) if kind == "focal-plane" else tuple(which)
-    for name in needed:
-        if which[name] is None:
-            raise click.UsageError(f"--{name} is needed with --kind {kind}")
     if kind == "focal-plane":
         figure = draw_focal_plane(store, variable, frame=frame, store_options=options, **which)
     elif kind == "frame":
-        figure = draw_frame(store, frame=frame, store_options=options, **which)
+        figure = draw_frame(store, frame=frame, store_options=options, **_only(store, options, **which))
     else:
-        figure = plot_light_curve(tessbkg.open_background(store, store_options=options, **which))
+        figure = plot_light_curve(
+            tessbkg.open_background(store, store_options=options, **_only(store, options, **which))
+        )
     figure.savefig(out)
     click.echo(out)
 
 
 @main.command("animate")
-@one_ccd
+@which_options
+@click.argument("out")
 @binned_option
 @click.option("--variable", default="scattered_light", show_default=True, help="Any on (time, y, x).")
 @click.option("--fps", default=8, show_default=True, type=click.IntRange(1, 60), help="Frames a second.")
 def animate_command(
-    *, store: str, out: str, variable: str, fps: int, store_endpoint_url: str | None, **which: Any
+    *,
+    store: str,
+    out: str,
+    variable: str,
+    fps: int,
+    binned: bool,
+    store_endpoint_url: str | None,
+    **which: Any,
 ) -> None:
-    """Animate the light, its error or an angle of a CCD into OUT: .gif, .html or .mp4.
+    """Animate the light, its error or an angle of a CCD into OUT.
+
+    OUT ends in .gif, .html or .mp4. Where the store has several CCDs, say which.
 
     \b
-    Example:
-      tessbkg animate bkg.zarr light.gif --sector 1 --camera 1 --ccd 4
+    Examples:
+      tessbkg animate bkg.zarr light.gif
+      tessbkg animate bkg.zarr earth.html --variable earth_angle --sector 1 --camera 1 --ccd 4
     """
     from tessbkg.plot import animate  # noqa: PLC0415
 
-    ds = tessbkg.open_background(store, store_options=_storage(store_endpoint_url, None), **which)
+    options = _storage(store_endpoint_url, None)
+    ds = tessbkg.open_background(
+        store, binned=binned, store_options=options, **_only(store, options, **which)
+    )
     animate(ds, out, variable=variable, fps=fps)
     click.echo(out)
 
 
 @main.command("check")
-@click.argument("store")
-@filter_options
+@which_options
 @click.option("--deep", is_flag=True, help="Reduce a sample of frames again from the source and compare.")
 @click.option(
     "--sample", default=8, show_default=True, type=click.IntRange(1), help="Frames a CCD of --deep."
@@ -592,11 +600,12 @@ def animate_command(
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Of the sample.")
 @click.option("--anon/--no-anon", default=None, help="Read the source on S3 without or with credentials.")
 @click.option("--endpoint-url", metavar="URL", help="S3 server of the source, if not Amazon's.")
-@store_options
 def check_command(
     *, store: str, endpoint_url: str | None, anon: bool | None, store_endpoint_url: str | None, **what: Any
 ) -> None:
-    r"""Look for what is wrong with STORE: reads every byte of it; exit code 1 and a list if something is.
+    """Read every byte of STORE and list what is wrong.
+
+    The exit code is 1 if something is.
 
     \b
     Example:
@@ -619,9 +628,10 @@ def check_command(
 
 
 @main.command("report")
-@one_ccd
+@which_options
+@click.argument("out")
 def report_command(*, store: str, out: str, store_endpoint_url: str | None, **which: Any) -> None:
-    """Write a page about a built CCD, with pictures, into the HTML file OUT.
+    """Write an HTML page about a built CCD, with pictures, into OUT.
 
     \b
     Example:
@@ -629,7 +639,8 @@ def report_command(*, store: str, out: str, store_endpoint_url: str | None, **wh
     """
     from tessbkg.page import quality_page  # noqa: PLC0415
 
-    page = quality_page(store, store_options=_storage(store_endpoint_url, None), **which)
+    options = _storage(store_endpoint_url, None)
+    page = quality_page(store, store_options=options, **_only(store, options, **which))
     Path(out).write_text(page, encoding="utf-8")
     click.echo(out)
 
@@ -696,9 +707,13 @@ def simulate_command(
 )
 @click.option("--frames", default=24, show_default=True, type=click.IntRange(4, 200))
 def demo_command(*, out: Path, frames: int) -> None:
-    """Simulate a short run of full-size frames, build its store, compare with the truth, draw pictures.
+    """Simulate frames, build their store, compare with the truth.
 
-    Needs no network, no account and about a minute.
+    Draws pictures, too; needs no network, no account and about a minute.
+
+    \b
+    Example:
+      tessbkg demo --out tessbkg-demo
     """
     import tempfile  # noqa: PLC0415
 
@@ -741,7 +756,8 @@ def demo_command(*, out: Path, frames: int) -> None:
 
 
 @main.command("export")
-@one_ccd
+@which_options
+@click.argument("out")
 @binned_option
 @click.option(
     "--format",
@@ -750,9 +766,15 @@ def demo_command(*, out: Path, frames: int) -> None:
     help="npz and fits as of tess-backml. [default: as the name of OUT says]",
 )
 def export_command(
-    *, store: str, out: str, format_: str | None, store_endpoint_url: str | None, **which: Any
+    *,
+    store: str,
+    out: str,
+    format_: str | None,
+    binned: bool,
+    store_endpoint_url: str | None,
+    **which: Any,
 ) -> None:
-    """Write the light of one CCD of STORE to the file OUT in another format.
+    """Write the light of one CCD as npz, FITS or NetCDF file OUT.
 
     \b
     Example:
@@ -764,6 +786,9 @@ def export_command(
     form: Any = format_ or known.get(Path(out).suffix)
     if form is None:
         raise click.UsageError(f"--format is needed: the name {out!r} ends in none of {', '.join(known)}")
-    ds = tessbkg.open_background(store, store_options=_storage(store_endpoint_url, None), **which)
+    options = _storage(store_endpoint_url, None)
+    ds = tessbkg.open_background(
+        store, binned=binned, store_options=options, **_only(store, options, **which)
+    )
     export(ds, out, format=form)
     click.echo(f"{out}: {form} of {ds.attrs['title']}")

@@ -172,7 +172,7 @@ def draw_focal_plane(
     store: str,
     variable: str = "scattered_light",
     *,
-    sector: int,
+    sector: int | None = None,
     camera: int | None = None,
     ccd: int | None = None,
     frame: int | None = None,
@@ -186,8 +186,8 @@ def draw_focal_plane(
         Folder or URL.
     variable : str
         Any on (time, y, x).
-    sector, camera, ccd : int
-        Which CCDs; camera and ccd are optional.
+    sector, camera, ccd : int, optional
+        Which CCDs; all must be of one sector.
     frame : int, optional
         Number of the frame of the first CCD, from 0; by default that of its brightest good one.
     store_options : dict, optional
@@ -202,7 +202,7 @@ def draw_focal_plane(
     StoreError
         If there is no such CCD.
     ValueError
-        If the frame or the variable is not there.
+        If the frame or the variable is not there, or the CCDs are of several sectors.
 
     Examples
     --------
@@ -210,14 +210,13 @@ def draw_focal_plane(
     >>> _ = tessbkg.simulate.simulate("memory://plane", frames=4, shape=(64, 64))
     >>> ccd = {"sector": 1, "camera": 1, "ccd": 4}
     >>> _ = tessbkg.build("memory://p.zarr", root="memory://plane", dark_frames=2, **ccd)
-    >>> len(draw_focal_plane("memory://p.zarr", "earth_angle", sector=1).axes)
+    >>> len(draw_focal_plane("memory://p.zarr", "earth_angle").axes)
     2
     """
-    wanted = {"sector": sector, "camera": camera, "ccd": ccd}
-    parts = [
-        open_background(store, **asdict(one), store_options=store_options)
-        for one in select(groups(store, store_options), store, **wanted)
-    ]
+    chosen = select(groups(store, store_options), store, sector=sector, camera=camera, ccd=ccd)
+    if len(sectors := sorted({one.sector for one in chosen})) > 1:
+        raise ValueError(f"sector=None is not enough: {store} has the sectors {sectors}")
+    parts = [open_background(store, **asdict(one), store_options=store_options) for one in chosen]
     three = [str(name) for name, v in parts[0].items() if v.dims == ("time", "y", "x")]
     if variable not in three:
         raise ValueError(f"variable={variable!r} is not among those on (time, y, x): {', '.join(three)}")
@@ -225,7 +224,7 @@ def draw_focal_plane(
     return plot_focal_plane(
         [ds.isel(time=int(np.argmin(np.abs(ds["time"].to_numpy() - time)))) for ds in parts],
         variable,
-        title=f"{variable.replace('_', ' ')}, sector {sector}, TJD {time:.3f}",
+        title=f"{variable.replace('_', ' ')}, sector {sectors[0]}, TJD {time:.3f}",
     )
 
 
