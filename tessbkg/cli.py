@@ -133,7 +133,7 @@ def which_options(function: Any) -> Any:
     return click.argument("store")(store_options(function))
 
 
-def _only(store: str, store_options: dict[str, Any], **which: int | None) -> dict[str, int]:
+def _only(store: str, store_options: dict[str, Any], **which: int | None) -> dict[str, Any]:
     """Give the one CCD of a store that the options leave."""
     from tessbkg.store import groups, select  # noqa: PLC0415 (slow to import)
 

@@ -367,7 +367,7 @@ def _of_lightkurve(tpf: Any) -> Pixels:
         label,
         time,
         cadence,
-        None if quality is None else np.asarray(quality),
+        None if quality is None else native(np.asarray(quality)),
         _identity(header) or _numbers(tpf),
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import re
 
 import numpy as np
@@ -315,6 +316,12 @@ def test_pictures_and_pages(sky, tmp_path):
         words[2] = str(tmp_path / words[2])
         assert words[2] in run(*words).output.replace("\n", "")
         assert (tmp_path / words[2]).stat().st_size > 3000
+    page = (tmp_path / "page.html").read_text()
+    assert page.count('<img alt="') == page.count("data:image/png;base64") == 3
+    assert "http" not in page
+    warnings = tessbkg.open_background(url, **CCD1).attrs["warnings"]
+    for part in ("no FITS header", "GB, 0 requests tried again", *warnings):
+        assert html.escape(part) in page
     out = tmp_path / "x.png"
     assert "it has sector 1 camera 1 CCD 4" in refused("plot", url, out, "--sector", "2", code=1)
     assert "frame=2 is not there or not good" in refused(

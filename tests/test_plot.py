@@ -39,6 +39,12 @@ def test_light_curve_leaves_gaps_empty(light):
     assert {text.get_text() for text in axes[0].get_legend().get_texts()} == {"stray light", "momentum dump"}
 
 
+def test_light_curve_of_a_few_frames_a_day_knows_the_downlink(light):
+    time = np.r_[np.arange(5.0), 7 + np.arange(5.0)]
+    lines = plot_light_curve(light.assign_coords(time=time)).axes[0].lines
+    assert [list(line.get_xdata()) for line in lines[:2]] == [list(time[:5]), list(time[5:])]
+
+
 def test_reduction_has_units_on_every_bar():
     frame = np.random.default_rng(1).normal(100, 1, (64, 64)).astype("f4")
     scene = make_scene(frame[None].copy(), (7e-4, 0.02))
