@@ -1,5 +1,8 @@
 """Pictures are drawn, on data that a user has; what they look like was looked at."""
 
+import importlib.util
+import shutil
+
 import numpy as np
 import pytest
 import xarray as xr
@@ -54,15 +57,21 @@ def test_reduction_has_units_on_every_bar():
     assert sum("e$^-$ s$^{-1}$" in label for label in labels) == 3
 
 
-@pytest.mark.parametrize("kind", ["gif", "html"])
+@pytest.mark.parametrize("kind", ["gif", "html", "mp4"])
 def test_animation_shows_every_good_frame(light, tmp_path, kind):
     from PIL import Image
 
     path = tmp_path / f"light.{kind}"
+    if kind == "mp4" and not (shutil.which("ffmpeg") or importlib.util.find_spec("imageio_ffmpeg")):
+        with pytest.raises(FileNotFoundError, match="pip install imageio-ffmpeg"):
+            animate(light, path)
+        return
     animate(light, path)
     if kind == "gif":
         with Image.open(path) as image:
             assert image.n_frames == 9
+    elif kind == "mp4":
+        assert path.read_bytes()[4:8] == b"ftyp"
     else:
         page = path.read_text()
         assert page.count("data:image/png;base64") >= 9
