@@ -60,7 +60,7 @@ def survey_and_scene(root: Path, options):
     with tempfile.TemporaryDirectory(prefix="tessbkg-bench-") as folder:
         plan = planning.plan_build(f"{folder}/s.zarr", root=str(root), options=options, **CCD1)
         create_group(plan.job.group, plan.fields)
-        survey = jobs._survey_step(plan, None, lambda *_: None)
+        survey = jobs._survey_step(plan.job, plan.frames, None, lambda *_: None)
         work.make_scene_group(plan.job)
         scene = work.scene_of_dataset(read_child(plan.job.group, "scene"))
     return plan.job, survey, scene
