@@ -24,6 +24,7 @@ from tessbkg.motion import (
     prepare_motion,
     scene_terms,
 )
+from tessbkg.rolling import Halving, overlapping, prepare_rolling, reduce_rolling, rolling_factor
 from tessbkg.whole import Whole, mean_of_used, prepare_whole, reduce_whole
 
 Floats = npt.NDArray[np.float32]
@@ -36,9 +37,6 @@ CLIP_SIGMA: Final = 3.0
 NOISE: Final = (7.445e-4, 0.0197)
 """Noise law of sector 1, electron s-1 and (electron s-1)^2: weighs pixels where a plan has no law of its
 own."""
-
-HALVE_PIXELS: Final = 65536
-"""Pixels of a row of windows that `rolling` sorts at once: they stay in the processor's cache."""
 
 CEILING: Final = 4e4
 """Pixels this far above the scene are saturated, electron s-1: `whole` gives no value then."""
@@ -98,6 +96,8 @@ class Plan:
         Noise law that weighs pixels.
     whole : Whole or None
         For `whole` and `mean`.
+    halvings : list of Halving
+        For `rolling`.
     structure : tuple of (ny, nx) float32
         Variance of a bin over the squared second differences of the light; for `whole` with spare pixels
         a second one for them.
@@ -127,6 +127,7 @@ class Plan:
     scene_error: Floats
     noise: tuple[float, float]
     whole: Whole | None
+    halvings: list[Halving]
     structure: tuple[Floats, ...]
     lopsided: Floats | None
     motion: Motion
@@ -214,6 +215,8 @@ def plan_reduction(  # noqa: C901, PLR0915 (one plan, many parts)
             ceiling=CEILING,
             spare=spare if statistic == "whole" else None,
         )
+    inside = valid[: rows // bin * bin, : columns // bin * bin]
+    halvings = prepare_rolling(inside, bin) if statistic == "rolling" else []
     motion = prepare_motion(scene, terms, noise or NOISE)
     if whole is not None and statistic == "whole":
         filled = ~whole.strict.reached
@@ -224,7 +227,7 @@ def plan_reduction(  # noqa: C901, PLR0915 (one plan, many parts)
         scene_square = whole.strict.weigh(known, squared=True)
         rise = np.asarray(a * squares, dtype=np.float32)
     else:
-        factor = _error_factor(valid, counts, bin, statistic)
+        factor = rolling_factor(inside, halvings) if halvings else _error_factor(counts, statistic)
         if statistic == "sparse":
             index = np.maximum(pixel, 0)
             still = np.asarray(variance.reshape(-1)[index], dtype=np.float32)
@@ -262,6 +265,7 @@ def plan_reduction(  # noqa: C901, PLR0915 (one plan, many parts)
         scene_error=scene_error,
         noise=noise or NOISE,
         whole=whole,
+        halvings=halvings,
         structure=tuple(_structure(statistic, bin, n) for n in used),
         lopsided=None if statistic in {"whole", "sparse"} else _lopsided(valid, bin, statistic),
         motion=motion,
@@ -372,18 +376,12 @@ def _lopsided(valid: npt.NDArray[np.bool_], size: int, statistic: str) -> Floats
     for _ in range(size.bit_length() - 1 if overlap else 1):
         # A window counts as one pixel for the next, whatever it is of.
         number, *sums = (
-            _overlapping(image) if overlap else _block_sums(image, size) for image in (there, *places)
+            overlapping(image) if overlap else _block_sums(image, size) for image in (there, *places)
         )
         there = (number > 0).astype(np.float64)
         places = np.array(sums) / np.maximum(number, 1)
     off = places - np.array(np.meshgrid(np.arange(ny), np.arange(nx), indexing="ij")) * size - centre
     return np.asarray(np.where(there > 0, off / size, 0), dtype=np.float32)
-
-
-def _overlapping(image: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Sum over the windows of `rolling`."""
-    windows = np.lib.stride_tricks.sliding_window_view(np.pad(image, 1), (4, 4))[::2, ::2]
-    return np.asarray(windows.sum(axis=(2, 3)))
 
 
 def _block_sums(image: npt.NDArray[np.floating], size: int) -> npt.NDArray[np.float64]:
@@ -491,96 +489,12 @@ def _clipped(flat: Floats, counts: npt.NDArray[np.intp]) -> Floats:
 
 def _rolling(flux: Floats, plan: Plan) -> Floats:
     """Halve the image again and again by medians of 4 x 4 windows that overlap by half."""
-    size, (ny, nx) = plan.size, plan.shape
-    window = np.s_[: ny * size, : nx * size]
+    ny, nx = plan.shape
+    window = np.s_[: ny * plan.size, : nx * plan.size]
     image = flux[window] - plan.subtract[window]
-    image[np.isinf(image)] = np.nan
     if plan.gain is not None:
-        image *= plan.gain[: nx * size]
-    while image.shape[0] > ny:
-        image = _halve(image)
-    return image
-
-
-def _halve(image: Floats) -> Floats:
-    """Medians of 4 x 4 windows, two pixels apart, one pixel beyond each edge; NaN is left out.
-
-    Windows share sorted 2 x 2 and 4 x 2 blocks, which networks of minima and maxima merge, many at once.
-    Windows with NaN are sorted one by one.
-    """
-    rows, columns = (n // 2 for n in image.shape)
-    half = np.empty((rows, columns), dtype=np.float32)
-    step = max(HALVE_PIXELS // image.shape[1], 1)
-    for first in range(0, rows, step):
-        last = min(first + step, rows)
-        padded = np.full((2 * (last - first) + 2, image.shape[1] + 2), np.nan, dtype=np.float32)
-        top, bottom = max(2 * first - 1, 0), min(2 * last + 1, image.shape[0])
-        padded[top - 2 * first + 1 : bottom - 2 * first + 1, 1:-1] = image[top:bottom]
-        half[first:last] = _window_medians(padded)
-    return half
-
-
-def _window_medians(padded: Floats) -> Floats:
-    """Medians of the 4 x 4 windows, two pixels apart, of an image."""
-    quad = _sort4(padded[::2, ::2], padded[::2, 1::2], padded[1::2, ::2], padded[1::2, 1::2])
-    pair = _merge4([q[:, :-1] for q in quad], [q[:, 1:] for q in quad])
-    upper, lower = [p[:-1] for p in pair], [p[1:] for p in pair]
-    low: Floats = np.minimum(upper[0], lower[7])
-    high: Floats = np.maximum(upper[0], lower[7])
-    for k in range(1, 8):  # the eight lowest and the eight highest of both: bitonic halves
-        np.maximum(low, np.minimum(upper[k], lower[7 - k]), out=low)
-        np.minimum(high, np.maximum(upper[k], lower[7 - k]), out=high)
-    middle: Floats = np.asarray((low + high) / 2, dtype=np.float32)
-    row, column = np.nonzero(np.isnan(middle))
-    if row.size:
-        at = 2 * row * padded.shape[1] + 2 * column
-        offsets = np.add.outer(np.arange(4) * padded.shape[1], np.arange(4)).reshape(16, 1)
-        few = padded.reshape(-1)[at + offsets]
-        middle[row, column] = _few_medians(few)
-    return middle
-
-
-def _few_medians(values: Floats) -> Floats:
-    """Medians along the first axis, which is 16 long; NaN is left out."""
-    missing = np.isnan(values)
-    count = 16 - np.add.reduce(missing.view(np.uint8), axis=0)
-    values[missing] = np.inf
-    a, b, c, d = (_sort4(*values[k : k + 4]) for k in (0, 4, 8, 12))
-    first, second = _merge4(a, b), _merge4(c, d)
-    # The eight lowest: both middles of up to 15 values are among them.
-    lowest = [np.minimum(first[k], second[7 - k]) for k in range(8)]
-    halves = [(np.minimum(lowest[k], lowest[k + 4]), np.maximum(lowest[k], lowest[k + 4])) for k in range(4)]
-    ordered = np.stack(
-        [value for half in (0, 1) for value in _merge_bitonic([pair[half] for pair in halves])]
-    )
-    column = np.arange(values.shape[1])
-    low, high = np.maximum(count.astype(np.intp) - 1, 0) // 2, count.astype(np.intp) // 2
-    middle: Floats = (ordered[low, column] + ordered[high, column]) / 2
-    middle[count == 0] = np.nan
-    return middle
-
-
-def _sort4(a: Floats, b: Floats, c: Floats, d: Floats) -> list[Floats]:
-    """Four images in order, pixel by pixel."""
-    a, b = np.minimum(a, b), np.maximum(a, b)
-    c, d = np.minimum(c, d), np.maximum(c, d)
-    lowest, second = np.minimum(a, c), np.maximum(a, c)
-    third, highest = np.minimum(b, d), np.maximum(b, d)
-    return [lowest, np.minimum(second, third), np.maximum(second, third), highest]
-
-
-def _merge4(a: list[Floats], b: list[Floats]) -> list[Floats]:
-    """Two lists of four images in order merged into one of eight."""
-    low = [np.minimum(a[k], b[3 - k]) for k in range(4)]
-    high = [np.maximum(a[k], b[3 - k]) for k in range(4)]
-    return _merge_bitonic(low) + _merge_bitonic(high)
-
-
-def _merge_bitonic(four: list[Floats]) -> list[Floats]:
-    """Order four images that rise and then fall, or are a rotation of such, pixel by pixel."""
-    p, q = np.minimum(four[0], four[2]), np.maximum(four[0], four[2])
-    r, s = np.minimum(four[1], four[3]), np.maximum(four[1], four[3])
-    return [np.minimum(p, r), np.maximum(p, r), np.minimum(q, s), np.maximum(q, s)]
+        image *= plan.gain[: nx * plan.size]
+    return reduce_rolling(image, plan.halvings)
 
 
 def _sparse(flux: Floats, plan: Plan) -> Floats:
@@ -629,9 +543,7 @@ def median_variance(count: npt.ArrayLike) -> npt.NDArray[np.float64]:
     return np.select([n == 0, n == 1, n == 2], [np.nan, 1.0, 0.5], variance)
 
 
-def _error_factor(
-    valid: npt.NDArray[np.bool_], counts: npt.NDArray[np.intp], size: int, statistic: str
-) -> Floats:
+def _error_factor(counts: npt.NDArray[np.intp], statistic: str) -> Floats:
     """Give the standard error of a statistic for pixels of unit variance."""
     n = np.where(counts > 0, counts, np.nan)
     if statistic == "sparse":
@@ -640,8 +552,6 @@ def _error_factor(
         factor = 1 / np.sqrt(n)
     elif statistic == "clipped":
         factor = np.sqrt(CLIPPED_VARIANCE / n)
-    elif statistic == "rolling":
-        factor = _rolling_factor(valid, size)
     else:
         factor = np.sqrt(median_variance(counts))
     return factor.astype(np.float32)
@@ -649,30 +559,6 @@ def _error_factor(
 
 CLIPPED_VARIANCE: Final = 1.02
 """Variance of the mean of n normal values clipped at 3 sigma of the quartiles, times n; by simulation."""
-
-
-def _rolling_factor(valid: npt.NDArray[np.bool_], size: int) -> npt.NDArray[np.float64]:
-    """Give the standard error of `rolling`: shape from counts, scale from noise put through the kernel.
-
-    A bin's value draws on windows that reach beyond it, so the pixels that matter are counted with the
-    same overlapping windows; one number then scales their inverse root to the spread that eight images of
-    pure noise show over all bins, which holds it to half a per cent on a full CCD.
-    """
-    ny, nx = (n // size for n in valid.shape)
-    weight = valid[: ny * size, : nx * size].astype(np.float64)
-    steps = size.bit_length() - 1
-    for _ in range(steps):
-        weight = _overlapping(weight) / 16
-    n = np.where(weight > 0, weight * size**2, np.nan)
-    random = np.random.default_rng(0)
-    spread = []
-    for _ in range(8):
-        image = random.standard_normal((ny * size, nx * size), dtype=np.float32)
-        image[~valid[: ny * size, : nx * size]] = np.nan
-        for _ in range(steps):
-            image = _halve(image)
-        spread.append(np.nanmean(np.square(image) * n))
-    return np.asarray(np.sqrt(np.mean(spread) / n))
 
 
 class Filling:
