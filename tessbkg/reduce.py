@@ -6,7 +6,7 @@ prepared once in a :class:`Plan`; :func:`reduce_frame` then costs little more th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Literal, get_args
 
 import numpy as np
@@ -17,9 +17,12 @@ from scipy.sparse.linalg import splu
 from tessbkg.motion import (
     TERMS,
     Motion,
+    Response,
+    displacement,
     distance_of,
     expand,
     expansion_error,
+    measure_response,
     place,
     prepare_motion,
     scene_terms,
@@ -41,6 +44,13 @@ own."""
 CEILING: Final = 4e4
 """Pixels this far above the scene are saturated, electron s-1: `whole` gives no value then."""
 
+RESPONSE_SHARE: Final = {"median": 0.2, "clipped": 0.2, "rolling": 0.35}
+"""Error of what moved stars add to statistics that are no means, as a share of it; measured on simulated
+frames."""
+
+LEAST_MEDIAN: Final = 4
+"""Medians of smaller bins follow moved stars like means."""
+
 STRUCTURE: Final = {"whole": (0.025, 0.2), "rolling": (0.25, 0.25)}
 """Error of a bin where light has structure, as a share of its second differences from bin to bin: a constant,
 and what comes with the share of masked pixels. Measured on simulated frames with sharp glints at bins of 16
@@ -48,11 +58,6 @@ pixels; for `whole` it goes with the inverse of the size of bins, up to twice th
 
 STRUCTURE_SIMPLE: Final = (0.22, 0.4)
 """The same for the other statistics."""
-
-ROBUST_SHARE: Final = {"median": (0.24, 2.2), "clipped": (0.25, 2.9), "rolling": (0.27, 1.85)}
-"""Error that moved stars leave in medians and clipped means, as a share of motion times blur: these do not
-follow the expansion, which is that of the mean. A constant, and what comes with the inverse of the size of
-bins, as the pixels of a star move together."""
 
 ROLLING_SHARE: Final = 0.03
 """Error of medians of medians of unevenly masked windows, as a share of the change of the light from bin to
@@ -62,8 +67,11 @@ AGREEMENT: Final = 4.0
 """Squared differences of the two values of a bin count for more than the errors of both from this many times
 their sum on; the stars are to blame then."""
 
-NOTICED: Final = 80.0
-"""Squared second differences count from this many variances of a bin on: 12 is what noise makes."""
+NOTICED: Final = {"rolling": 15.0}
+"""Squared second differences count from this many variances of a bin on, else from NOTICED_OTHERS: 12 is what
+noise makes, half of it where windows overlap."""
+
+NOTICED_OTHERS: Final = 80.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,6 +118,8 @@ class Plan:
         What moved stars add to the mean of unmasked pixels; `whole` has its own.
     blur : (ny, nx) float32
         Noise that stars leave per pixel of motion, times the error of its terms.
+    response : Response or None
+        For statistics that do not follow the expansion, which is that of the mean.
     fill : Filling
         Fills bins that no pixel says anything of in an image of bins, in place.
     """
@@ -133,6 +143,7 @@ class Plan:
     motion: Motion
     terms: Floats
     blur: Floats
+    response: Response | None
     fill: Filling
 
 
@@ -192,17 +203,12 @@ def plan_reduction(  # noqa: C901, PLR0915 (one plan, many parts)
     if response is not None and (response != 1).any():
         gain = (1 / response).astype(np.float32)
     counts = _blocks(valid, bin).sum(axis=2)
-    a, b = noise or (np.nan, np.nan)
-    variance = a * np.maximum(np.where(valid, scene, 0), 0) + b
-    scene_variance = np.zeros_like(scene) if scene_err is None else np.square(scene_err)
     pixel = _central_pixel(valid, bin)
-    whole, filled = None, counts == 0
     if terms is None:
         terms = scene_terms(scene)
-    moving, blur = (
-        np.zeros((TERMS, *counts.shape), dtype=np.float32),
-        np.zeros(counts.shape, dtype=np.float32),
-    )
+    motion = prepare_motion(scene, terms, noise or NOISE)
+    moving = np.zeros((TERMS, *counts.shape), dtype=np.float32)
+    whole = None
     if statistic in {"whole", "mean"}:
         unit = np.ones(columns, dtype=np.float32)
         whole = prepare_whole(
@@ -217,41 +223,37 @@ def plan_reduction(  # noqa: C901, PLR0915 (one plan, many parts)
         )
     inside = valid[: rows // bin * bin, : columns // bin * bin]
     halvings = prepare_rolling(inside, bin) if statistic == "rolling" else []
-    motion = prepare_motion(scene, terms, noise or NOISE)
+
+    def take(image: Floats) -> Floats:
+        """Bins of an image, as the statistic has them."""
+        if statistic == "sparse":
+            return np.asarray(image.reshape(-1)[np.maximum(pixel, 0)])
+        return _mean(np.where(valid, image, 0), counts, bin)
+
+    def spread(square: Floats) -> Floats:
+        """Variance of bins by that of pixels."""
+        if whole is not None and statistic == "whole":
+            return whole.strict.weigh(square, squared=True)
+        return np.asarray(take(square) * factor**2)
+
     if whole is not None and statistic == "whole":
         filled = ~whole.strict.reached
-        squares = whole.strict.weigh(np.ones_like(scene), squared=True)
-        factor = np.where(filled, np.nan, np.sqrt(squares)).astype(np.float32)
-        known = np.where(np.isfinite(scene_variance), scene_variance, 0).astype(np.float32)
-        still = whole.strict.weigh(variance.astype(np.float32), squared=True)
-        scene_square = whole.strict.weigh(known, squared=True)
-        rise = np.asarray(a * squares, dtype=np.float32)
+        factor = np.where(filled, np.float32(np.nan), np.sqrt(spread(np.ones_like(scene))))
     else:
+        filled = counts == 0
         factor = rolling_factor(inside, halvings) if halvings else _error_factor(counts, statistic)
-        if statistic == "sparse":
-            index = np.maximum(pixel, 0)
-            still = np.asarray(variance.reshape(-1)[index], dtype=np.float32)
-            scene_square = np.asarray(scene_variance.reshape(-1)[index], dtype=np.float32)
-        else:
-            still = _mean(np.where(valid, variance, 0), counts, bin)
-            scene_square = _mean(np.where(valid, scene_variance, 0), counts, bin)
-        sums = [_mean(np.where(valid, term, 0), counts, bin) for term in terms]
-        steep = np.where(valid, terms[0] ** 2 + terms[1] ** 2, 0)
-        moving = np.nan_to_num(np.stack(sums))
-        blur = np.asarray(np.nan_to_num(factor * np.sqrt(_mean(steep, counts, bin))), dtype=np.float32)
-        if statistic == "sparse":
-            moving = terms.reshape(TERMS, -1)[:, index]
-            blur = np.sqrt(steep.reshape(-1)[index])
-        still, scene_square = still * factor**2, scene_square * factor**2
-        rise = np.asarray(a * factor**2, dtype=np.float32)
+        moving = np.nan_to_num(np.stack([take(term) for term in terms]))
+    a, b = noise or (np.nan, np.nan)
+    known = np.zeros_like(scene) if scene_err is None else np.where(np.isfinite(scene_err), scene_err, 0)
+    still = spread((a * np.maximum(np.where(valid, scene, 0), 0) + b).astype(np.float32))
     used = [counts]
     if whole is not None and whole.lenient is not None:
         used.append(whole.lenient.n_used)
     fill = Filling(filled)
-    scene_error = np.sqrt(scene_square).astype(np.float32)
+    scene_error = np.sqrt(spread(np.square(known)))
     scene_error[filled] = np.nan
     fill(scene_error)
-    return Plan(
+    plan = Plan(
         size=bin,
         statistic=statistic,
         shape=(counts.shape[0], counts.shape[1]),
@@ -260,8 +262,8 @@ def plan_reduction(  # noqa: C901, PLR0915 (one plan, many parts)
         n_pixels=counts,
         pixel=pixel,
         factor=factor,
-        still=still.astype(np.float32),
-        rise=rise.astype(np.float32),
+        still=still,
+        rise=np.asarray(a * factor**2, dtype=np.float32),
         scene_error=scene_error,
         noise=noise or NOISE,
         whole=whole,
@@ -270,9 +272,21 @@ def plan_reduction(  # noqa: C901, PLR0915 (one plan, many parts)
         lopsided=None if statistic in {"whole", "sparse"} else _lopsided(valid, bin, statistic),
         motion=motion,
         terms=moving,
-        blur=blur,
+        blur=np.sqrt(np.nan_to_num(spread(terms[0] ** 2 + terms[1] ** 2))),
+        response=None,
         fill=fill,
     )
+    if statistic not in RESPONSE_SHARE or bin < LEAST_MEDIAN or not motion.pixel.size:
+        return plan
+    measured = measure_response(
+        scene,
+        terms,
+        plan.noise,
+        share=RESPONSE_SHARE[statistic],
+        kernel=lambda image: _statistic(image, plan),
+        spread=spread,
+    )
+    return replace(plan, response=measured)
 
 
 def reduce_frame(flux: Floats, plan: Plan, flux_err: Floats | None = None) -> tuple[Floats, Floats]:
@@ -316,7 +330,7 @@ def reduce_frame(flux: Floats, plan: Plan, flux_err: Floats | None = None) -> tu
         variance = _pixel_variance(flux, flux_err, plan) * plan.factor**2
     with np.errstate(invalid="ignore"):
         variance += np.square(plan.scene_error)
-        bend = _bend(value, variance + np.square(moved))
+        bend = _bend(value, NOTICED.get(plan.statistic, NOTICED_OTHERS) * (variance + np.square(moved)))
         uncertain = np.square(moved) + plan.structure[0] * bend
         if plan.lopsided is not None:
             uncertain += _uneven(value, plan.lopsided, ROLLING_SHARE if plan.statistic == "rolling" else 0)
@@ -330,27 +344,30 @@ def reduce_frame(flux: Floats, plan: Plan, flux_err: Floats | None = None) -> tu
 
 
 def _take_motion_off(value: Floats, flux: Floats, plan: Plan) -> Floats:
-    """Take what moved stars add to means off `value`, in place; give the error that they leave."""
+    """Take what moved stars add off `value`, in place; give the error that they leave."""
     motion, (ny, nx) = plan.motion, plan.shape
     row, column = np.divmod(motion.pixel, flux.shape[1])
     at = np.minimum(row // plan.size, ny - 1), np.minimum(column // plan.size, nx - 1)
     moved = motion.fit(flux, value[at], plan.noise)
-    if plan.statistic not in {"mean", "sparse"}:
-        constant, together = ROBUST_SHARE[plan.statistic]
-        return np.float32((constant + together / plan.size) * distance_of(moved)) * plan.blur
     y, x = (np.arange(n) * plan.size + (plan.size - 1) / 2 for n in plan.shape)
-    value -= expand(moved, plan.terms, place(y, flux.shape[0])[:, None], place(x, flux.shape[1]))
-    return np.float32(expansion_error(distance_of(moved))) * plan.blur
+    y, x = place(y, flux.shape[0])[:, None], place(x, flux.shape[1])
+    left = np.float32(expansion_error(distance_of(moved))) * plan.blur
+    if plan.response is None:
+        value -= expand(moved, plan.terms, y, x)
+        return left
+    added, variance = plan.response.at(*displacement(moved.astype(np.float32), y, x))
+    value -= added
+    return np.asarray(np.hypot(left, np.sqrt(variance)))
 
 
-def _bend(value: Floats, variance: Floats) -> Floats:
-    """Squared second differences from bin to bin beyond those that noise makes."""
+def _bend(value: Floats, least: Floats) -> Floats:
+    """Squared second differences from bin to bin beyond the least that count."""
     bend = np.zeros_like(value)
     for image, out in ((value, bend), (value.T, bend.T)):
         if len(image) > 2:
             second = np.square(image[2:] + image[:-2] - 2 * image[1:-1])
             out[1:-1] += np.nan_to_num(second)
-    return np.maximum(bend - NOTICED * variance, 0)
+    return np.asarray(np.maximum(bend - least, 0))
 
 
 def _structure(statistic: str, size: int, used: npt.NDArray[np.intp]) -> Floats:
