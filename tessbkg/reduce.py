@@ -118,7 +118,7 @@ class Plan:
         What moved stars add to the mean of unmasked pixels; `whole` has its own.
     blur : (ny, nx) float32
         Noise that stars leave per pixel of motion, times the error of its terms.
-    response : Response or None
+    star_response : Response or None
         For statistics that do not follow the expansion, which is that of the mean.
     fill : Filling
         Fills bins that no pixel says anything of in an image of bins, in place.
@@ -143,11 +143,11 @@ class Plan:
     motion: Motion
     terms: Floats
     blur: Floats
-    response: Response | None
+    star_response: Response | None
     fill: Filling
 
 
-def plan_reduction(  # noqa: C901, PLR0915 (one plan, many parts)
+def plan_reduction(  # noqa: C901 (one plan, many parts)
     scene: Floats,
     mask: npt.NDArray[np.bool_],
     *,
@@ -171,9 +171,9 @@ def plan_reduction(  # noqa: C901, PLR0915 (one plan, many parts)
         Pixels along the side of a bin.
     statistic : {"whole", "median", "mean", "clipped", "rolling", "sparse"}
         `whole` (:mod:`tessbkg.whole`) is the mean light of all pixels of a bin, masked ones interpolated,
-        free of outliers and of what moving stars leave. The others are of the unmasked pixels as they are:
-        `median`; `mean`; `clipped`, the mean within 3 sigmas of the median; `rolling`, halving the image by
-        medians of overlapping 4 x 4 windows; `sparse`, the one pixel nearest the centre.
+        free of outliers. The others are of the unmasked pixels: `median`; `mean`; `clipped`, the mean within
+        3 sigmas of the median; `rolling`, halving the image by medians of overlapping 4 x 4 windows;
+        `sparse`, the one pixel nearest the centre. What moved stars add is taken off all of them.
     scene_err : (rows, columns) float32, optional
         One sigma of the scene.
     noise : (float, float), optional
@@ -273,7 +273,7 @@ def plan_reduction(  # noqa: C901, PLR0915 (one plan, many parts)
         motion=motion,
         terms=moving,
         blur=np.sqrt(np.nan_to_num(spread(terms[0] ** 2 + terms[1] ** 2))),
-        response=None,
+        star_response=None,
         fill=fill,
     )
     if statistic not in RESPONSE_SHARE or bin < LEAST_MEDIAN or not motion.pixel.size:
@@ -286,7 +286,7 @@ def plan_reduction(  # noqa: C901, PLR0915 (one plan, many parts)
         kernel=lambda image: _statistic(image, plan),
         spread=spread,
     )
-    return replace(plan, response=measured)
+    return replace(plan, star_response=measured)
 
 
 def reduce_frame(flux: Floats, plan: Plan, flux_err: Floats | None = None) -> tuple[Floats, Floats]:
@@ -352,10 +352,10 @@ def _take_motion_off(value: Floats, flux: Floats, plan: Plan) -> Floats:
     y, x = (np.arange(n) * plan.size + (plan.size - 1) / 2 for n in plan.shape)
     y, x = place(y, flux.shape[0])[:, None], place(x, flux.shape[1])
     left = np.float32(expansion_error(distance_of(moved))) * plan.blur
-    if plan.response is None:
+    if plan.star_response is None:
         value -= expand(moved, plan.terms, y, x)
         return left
-    added, variance = plan.response.at(*displacement(moved.astype(np.float32), y, x))
+    added, variance = plan.star_response.at(*displacement(moved.astype(np.float32), y, x))
     value -= added
     return np.asarray(np.hypot(left, np.sqrt(variance)))
 
