@@ -10,10 +10,11 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import click
 
@@ -79,6 +80,43 @@ class FrameSlice(click.ParamType[slice]):
         return slice(*parts)
 
 
+class Endpoint(click.ParamType[str]):
+    """Address of an S3 server: `http://HOST:PORT`, without credentials."""
+
+    name = "URL"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Check one argument."""
+        from tessbkg.storage import check_url  # noqa: PLC0415 (slow to import)
+
+        text = str(value)
+        try:
+            check_url(text)
+            address = urlsplit(text)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+        if address.scheme not in {"http", "https"} or not address.hostname:
+            self.fail(f"{text!r}: allowed is http://HOST:PORT or https://HOST", param, ctx)
+        return text
+
+
+class OutFile(click.Path):
+    """A file to write: in a folder that is there, with one of some endings."""
+
+    def __init__(self, *endings: str) -> None:
+        super().__init__(dir_okay=False, path_type=Path)
+        self.endings = endings
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Check one argument."""
+        path = Path(os.fsdecode(super().convert(value, param, ctx)))
+        if self.endings and path.suffix.lower() not in self.endings:
+            self.fail(f"{str(path)!r}: the name must end in {' or '.join(self.endings)}", param, ctx)
+        if not path.parent.is_dir():
+            self.fail(f"{str(path)!r}: there is no folder {str(path.parent)!r}", param, ctx)
+        return path
+
+
 def identity_options(function: Any) -> Any:
     """Add the options that say which CCDs."""
     for option in (
@@ -100,7 +138,7 @@ def source_options(function: Any) -> Any:
         click.option(
             "--anon/--no-anon", default=None, help="Read S3 without or with credentials. [default: --anon]"
         ),
-        click.option("--endpoint-url", metavar="URL", help="S3 server of the source, if not Amazon's."),
+        click.option("--endpoint-url", type=Endpoint(), help="S3 server of the source, if not Amazon's."),
         click.option(
             "--root", metavar="URL", default=None, help="Folder that holds ffi/. [default: the public bucket]"
         ),
@@ -121,7 +159,7 @@ def _storage(endpoint_url: str | None, anon: bool | None) -> dict[str, Any]:
 def store_options(function: Any) -> Any:
     """Add the option of the store's server."""
     return click.option(
-        "--store-endpoint-url", metavar="URL", help="S3 server of the store, if not Amazon's."
+        "--store-endpoint-url", type=Endpoint(), help="S3 server of the store, if not Amazon's."
     )(function)
 
 
@@ -133,19 +171,23 @@ def filter_options(function: Any) -> Any:
     return function
 
 
-def one_ccd(function: Any) -> Any:
+def one_ccd(*endings: str) -> Callable[[Any], Any]:
     """Add what says which CCD of which store goes into which file."""
-    for add in (
-        store_options,
-        *(
-            click.option(f"--{name}", type=click.IntRange(1, high), required=True)
-            for name, high in (("ccd", 4), ("camera", 4), ("sector", 9999))
-        ),
-        click.argument("out"),
-        click.argument("store"),
-    ):
-        function = add(function)
-    return function
+
+    def add_to(function: Any) -> Any:
+        for add in (
+            store_options,
+            *(
+                click.option(f"--{name}", type=click.IntRange(1, high), required=True)
+                for name, high in (("ccd", 4), ("camera", 4), ("sector", 9999))
+            ),
+            click.argument("out", type=OutFile(*endings)),
+            click.argument("store"),
+        ):
+            function = add(function)
+        return function
+
+    return add_to
 
 
 binned_option = click.option("--binned", is_flag=True, help="The averages in time (build --bin-hours).")
@@ -520,7 +562,7 @@ def info_command(*, store: str, store_endpoint_url: str | None, **which: Any) ->
 
 @main.command("plot")
 @click.argument("store")
-@click.argument("out", type=click.Path(path_type=Path, dir_okay=False))
+@click.argument("out", type=OutFile(".png", ".pdf", ".svg"))
 @filter_options
 @click.option(
     "--kind",
@@ -530,10 +572,10 @@ def info_command(*, store: str, store_endpoint_url: str | None, **which: Any) ->
     help="Light over time of a CCD; scene, mask and light of one frame of it; one frame of all CCDs.",
 )
 @click.option("--frame", type=click.IntRange(0), help="Number of the frame. [default: the brightest]")
-@click.option("--variable", default="scattered_light", show_default=True, help="Of the focal plane.")
+@click.option("--variable", help="Of the focal plane. [default: scattered_light]")
 @store_options
 def plot_command(
-    *, store: str, out: Path, kind: str, store_endpoint_url: str | None, variable: str, **which: Any
+    *, store: str, out: Path, kind: str, store_endpoint_url: str | None, variable: str | None, **which: Any
 ) -> None:
     """Draw a picture of a CCD, or of all CCDs of a sector, into OUT: .png, .pdf, .svg.
 
@@ -551,8 +593,13 @@ def plot_command(
     for name in needed:
         if which[name] is None:
             raise click.UsageError(f"--{name} is needed with --kind {kind}")
+    if variable and kind != "focal-plane":
+        raise click.UsageError("--variable goes with --kind focal-plane only")
+    if frame is not None and kind == "level":
+        raise click.UsageError("--frame goes with --kind frame or focal-plane only")
     if kind == "focal-plane":
-        figure = draw_focal_plane(store, variable, frame=frame, store_options=options, **which)
+        shown = variable or "scattered_light"
+        figure = draw_focal_plane(store, shown, frame=frame, store_options=options, **which)
     elif kind == "frame":
         figure = draw_frame(store, frame=frame, store_options=options, **which)
     else:
@@ -562,12 +609,12 @@ def plot_command(
 
 
 @main.command("animate")
-@one_ccd
+@one_ccd(".gif", ".html", ".mp4")
 @binned_option
 @click.option("--variable", default="scattered_light", show_default=True, help="Any on (time, y, x).")
 @click.option("--fps", default=8, show_default=True, type=click.IntRange(1, 60), help="Frames a second.")
 def animate_command(
-    *, store: str, out: str, variable: str, fps: int, store_endpoint_url: str | None, **which: Any
+    *, store: str, out: Path, variable: str, fps: int, store_endpoint_url: str | None, **which: Any
 ) -> None:
     """Animate the light, its error or an angle of a CCD into OUT: .gif, .html or .mp4.
 
@@ -591,7 +638,7 @@ def animate_command(
 )
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Of the sample.")
 @click.option("--anon/--no-anon", default=None, help="Read the source on S3 without or with credentials.")
-@click.option("--endpoint-url", metavar="URL", help="S3 server of the source, if not Amazon's.")
+@click.option("--endpoint-url", type=Endpoint(), help="S3 server of the source, if not Amazon's.")
 @store_options
 def check_command(
     *, store: str, endpoint_url: str | None, anon: bool | None, store_endpoint_url: str | None, **what: Any
@@ -619,8 +666,8 @@ def check_command(
 
 
 @main.command("report")
-@one_ccd
-def report_command(*, store: str, out: str, store_endpoint_url: str | None, **which: Any) -> None:
+@one_ccd()
+def report_command(*, store: str, out: Path, store_endpoint_url: str | None, **which: Any) -> None:
     """Write a page about a built CCD, with pictures, into the HTML file OUT.
 
     \b
@@ -630,7 +677,7 @@ def report_command(*, store: str, out: str, store_endpoint_url: str | None, **wh
     from tessbkg.page import quality_page  # noqa: PLC0415
 
     page = quality_page(store, store_options=_storage(store_endpoint_url, None), **which)
-    Path(out).write_text(page, encoding="utf-8")
+    out.write_text(page, encoding="utf-8")
     click.echo(out)
 
 
@@ -648,7 +695,7 @@ def report_command(*, store: str, out: str, store_endpoint_url: str | None, **wh
     show_default=True,
     help="Kind of scene: orbit, smooth, glint, crowded, moon, drift, few_dark.",
 )
-@click.option("--endpoint-url", metavar="URL", help="S3 server to write to, if not Amazon's.")
+@click.option("--endpoint-url", type=Endpoint(), help="S3 server to write to, if not Amazon's.")
 def simulate_command(
     *,
     url: str,
@@ -741,7 +788,7 @@ def demo_command(*, out: Path, frames: int) -> None:
 
 
 @main.command("export")
-@one_ccd
+@one_ccd()
 @binned_option
 @click.option(
     "--format",
@@ -750,7 +797,7 @@ def demo_command(*, out: Path, frames: int) -> None:
     help="npz and fits as of tess-backml. [default: as the name of OUT says]",
 )
 def export_command(
-    *, store: str, out: str, format_: str | None, store_endpoint_url: str | None, **which: Any
+    *, store: str, out: Path, format_: str | None, store_endpoint_url: str | None, **which: Any
 ) -> None:
     """Write the light of one CCD of STORE to the file OUT in another format.
 
@@ -761,9 +808,11 @@ def export_command(
     from tessbkg.exports import export  # noqa: PLC0415
 
     known = {".npz": "npz", ".fits": "fits", ".nc": "netcdf"}
-    form: Any = format_ or known.get(Path(out).suffix)
+    form: Any = format_ or known.get(out.suffix)
     if form is None:
-        raise click.UsageError(f"--format is needed: the name {out!r} ends in none of {', '.join(known)}")
+        raise click.UsageError(
+            f"--format is needed: the name {str(out)!r} ends in none of {', '.join(known)}"
+        )
     ds = tessbkg.open_background(store, store_options=_storage(store_endpoint_url, None), **which)
     export(ds, out, format=form)
     click.echo(f"{out}: {form} of {ds.attrs['title']}")

@@ -11,7 +11,6 @@ import signal
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
@@ -25,7 +24,7 @@ from tessbkg.dataset import (
     SHARD_FRAMES,
     Options,
 )
-from tessbkg.errors import ClusterError, FFIReadError, StoreError, TessbkgError
+from tessbkg.errors import ClusterError, FFIReadError, StoreMismatchError, TessbkgError
 from tessbkg.ffi import FrameStatus
 from tessbkg.stack import (
     OnError,
@@ -43,6 +42,7 @@ from tessbkg.store import (
     read_array,
     read_child,
     read_fields,
+    read_objects,
     read_rows,
     set_attributes,
     shards,
@@ -407,9 +407,10 @@ def _report(
 
 def _shard_rows(group: Group, frames: int, shard_frames: int) -> list[dict[str, Any]]:
     """Collect the rows that the shards left; those of a shard that is not written are not there."""
-    with ThreadPoolExecutor(16) as pool:
-        parts = pool.map(lambda part: read_rows(group, rows_of(part[0])), shards(frames, shard_frames))
-        return [row for part in parts for row in part]
+    names = [f"{rows_of(first)}/zarr.json" for first, _ in shards(frames, shard_frames)]
+    found = read_objects(group, names, lost=True)
+    parts = [json.loads(found[name])["attributes"]["rows"] for name in names if name in found]
+    return [row for part in parts for row in part]
 
 
 def read_report(
@@ -435,7 +436,7 @@ def read_report(
 
     Raises
     ------
-    StoreError
+    StoreMismatchError
         If there is no such group.
 
     Examples
@@ -449,7 +450,7 @@ def read_report(
     group = Group.of(store, CCD(sector, camera, ccd), store_options)
     attrs = read_fields(group)
     if attrs is None:
-        raise StoreError(f"{store} has no {CCD(sector, camera, ccd)}")
+        raise StoreMismatchError(f"{store} has no {CCD(sector, camera, ccd)}")
     fields = json.loads(attrs["fields"])
     rows = read_rows(group, "report") or _shard_rows(group, fields["frames"], fields["shard_frames"])
     return _table_of(rows)

@@ -127,7 +127,7 @@ def test_slices_that_are_refused(text):
         (["--root", "nonsense://x"], "nonsense"),
         (
             ["--root", "memory://nothing-there"],
-            "no calibrated FFIs (sector 1, camera [1], CCD [4]) in memory://nothing",
+            "no calibrated FFIs (sector 1, camera 1, CCD 4) in memory://nothing",
         ),
         (["--frames", "50:60"], "frames=50:60"),
         (["--nothing"], "--nothing"),
@@ -136,9 +136,7 @@ def test_slices_that_are_refused(text):
 )
 def test_wrong_arguments_are_named(sky, options, part):
     words = ["build", f"{memory_root()}/a.zarr", *ONE, "--root", sky, *options]
-    assert part.replace("[1]", "1").replace("[4]", "4") in refused(*words).replace("[1]", "1").replace(
-        "[4]", "4"
-    )
+    assert part in refused(*words)
 
 
 def test_a_missing_sector_is_named():
@@ -235,7 +233,7 @@ def test_build_of_many_ccds(tmp_path):
     assert [line[: len(begins[0])] for line in lines[3::2]] == begins
     assert all(line.endswith(": 2 good") for line in lines[4::2])
     assert run("info", out, "--ccd", "3").output.count("CCD ") == 1
-    assert "it has sector 1 camera 1 CCD 1, sector" in refused("info", out, "--camera", "2", code=1)
+    assert "it has sector 1 camera 1 CCD 1, sector" in refused("info", out, "--camera", "2")
 
 
 def test_source_and_store_on_two_servers(hadro, ministack, proxy):
@@ -261,7 +259,7 @@ def test_info(store, tmp_path):
     details = run("info", store, *ONE).output
     for part in ("scene       of 2 dark frames: tess", "errors      by model", "scattered_light 0."):
         assert part in details
-    assert "is not a Zarr store" in refused("info", tmp_path / "nothing", code=1)
+    assert "is not a Zarr store" in refused("info", tmp_path / "nothing")
 
 
 def test_info_of_a_build_that_is_not_finished(sky):
