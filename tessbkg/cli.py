@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -267,7 +268,9 @@ class Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command: exit code 2 for a wrong argument, 1 for a failed job."""
         try:
-            return super().invoke(ctx)
+            with warnings.catch_warnings():
+                warnings.showwarning = _warn
+                return super().invoke(ctx)
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
         except (CatalogError, StoreMismatchError) as error:
@@ -275,6 +278,8 @@ class Commands(click.Group):
         except TessbkgError as error:  # some are ValueErrors too
             self._end(ctx, error, 1)
         except ValueError as error:
+            if "checksum do not match" in str(error):  # of Zarr, which reads when values are asked for
+                self._end(ctx, error, 1, "the store is damaged, tessbkg check tells where: ")
             self._end(ctx, error, 2)
         except BrokenPipeError:
             raise
@@ -289,6 +294,11 @@ class Commands(click.Group):
             raise error
         click.echo(f"tessbkg: {kind}{' '.join(str(error).split())}", err=True)
         ctx.exit(code)
+
+
+def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
+    """Print a warning as one line."""
+    click.echo(f"tessbkg: warning: {message}", err=True)
 
 
 GRACE_SECONDS = 8.0
@@ -660,7 +670,8 @@ def check_command(
     for finding in findings:
         click.echo(str(finding))
     if findings:
-        click.echo(f"tessbkg: {len(findings)} findings in {store}", err=True)
+        count = f"{len(findings)} finding{'s' if len(findings) > 1 else ''}"
+        click.echo(f"tessbkg: {count} in {store}; the README's 'How to verify' says how to mend", err=True)
         raise click.exceptions.Exit(1)
     click.echo(f"{store}: nothing is wrong")
 

@@ -282,9 +282,10 @@ def run_build(
         return _report(plan, read_rows(job.group, "report"), [], began)
     create_group(job.group, plan.fields, overwrite=overwrite)
     survey = _survey_step(job, plan.frames, client, tell)
-    tell("scene", 0, 1)
-    _run(client, [(make_scene_group, (job,))], None)
-    tell("scene", 1, 1)
+    if not marker(job.group.child("scene"), "complete"):
+        tell("scene", 0, 1)
+        _run(client, [(make_scene_group, (job,))], None)
+        tell("scene", 1, 1)
     begin_report(job.group)
     if not marker(job.group, "template"):
         write_template(job.group, make_template(job, survey), job.shard_frames)

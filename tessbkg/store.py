@@ -251,23 +251,37 @@ def create_group(group: Group, fields: Mapping[str, Any], *, overwrite: bool = F
     StoreMismatchError
         If the group was made with other fields; the message names them.
     StoreError
-        If the store cannot be written.
+        If the store cannot be written, or the group has lost its attributes.
     """
     with store_errors(group):
+        found = None
         if overwrite:
             _check_ours(group)
+        elif (found := read_fields(group)) is None:
+            _check_whole(group)
+        parts = group.path.split("/")
+        for depth in range(len(parts)):
+            _make_group(group, "/".join(parts[:depth]), {})
+        if overwrite:
             delete_group(group)
-        found = read_fields(group)
         if found is None:
-            parts = group.path.split("/")
-            for depth in range(len(parts)):
-                _make_group(group, "/".join(parts[:depth]), {})
             # Text, because NetCDF knows no nested attributes.
             _make_group(group, group.path, {"layout": LAYOUT, "fields": json.dumps(fields)})
             found = read_fields(group)  # another process may have been quicker
             assert found is not None
     check_fields(group, found, fields)
     return found
+
+
+def _check_whole(group: Group) -> None:
+    """Refuse to go on with what was made of nobody knows what.
+
+    Raises
+    ------
+    StoreError
+    """
+    if marker(group.child("survey"), "complete") and read_fields(group) is None:
+        raise StoreError(f"{group.name} has lost its zarr.json, or its deletion was cut off; overwrite it")
 
 
 def _make_group(group: Group, path: str, attributes: Mapping[str, Any]) -> None:
@@ -319,11 +333,13 @@ def check_fields(group: Group, attrs: Mapping[str, Any], fields: Mapping[str, An
 
 
 def delete_group(group: Group) -> None:
-    """Delete a group with everything in it."""
+    """Delete a group with everything in it, first what makes the rest look written: this may be cut off."""
     fs, path = filesystem(group.url, group.store_options)
-    with contextlib.suppress(FileNotFoundError):
-        fs.rm(join(path, group.path), recursive=True)
-    fs.invalidate_cache()
+    if list_objects(group):
+        for part in ("frame_status/c", "zarr.json", ""):
+            with contextlib.suppress(FileNotFoundError):
+                fs.rm(join(path, group.path, part).rstrip("/"), recursive=True)
+            fs.invalidate_cache()
 
 
 def _attributes(group: Group) -> dict[str, Any]:
