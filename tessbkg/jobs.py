@@ -7,6 +7,7 @@ the shard and then its `frame_status`. What is done stays done; running the job 
 from __future__ import annotations
 
 import json
+import logging
 import signal
 import time
 import uuid
@@ -148,6 +149,8 @@ class Report:
         lines += [f"  {row.ffi}: {row.reason}" for row in shown.itertuples()]
         if len(self.bad) > len(shown):
             lines.append(f"  and {len(self.bad) - len(shown)} more")
+        if self.bad["status"].isin(FAILED).any():
+            lines.append("  retry_failed (--retry-failed) tries again what was missing, unreadable or broken")
         if self.shards_done:
             rate = self.nbytes / 1e6 / self.seconds
             lines.append(f"{self.seconds:.1f} s, {self.nbytes / 1e6:,.0f} MB read, {rate:,.0f} MB/s")
@@ -577,5 +580,7 @@ def _deaf() -> Any:
     class Deaf(WorkerPlugin):
         def setup(self, worker: Any) -> None:  # noqa: ARG002 (of distributed)
             signal.signal(signal.SIGINT, signal.SIG_IGN)
+            # what it says of tasks that are cancelled
+            logging.getLogger("distributed.worker.state_machine").setLevel(logging.ERROR)
 
     return Deaf()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 
 import numpy as np
 import pytest
@@ -13,7 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tessbkg
+from tessbkg.ccd import CCD
 from tessbkg.cli import FrameSlice, Numbers, main
+from tessbkg.store import Group, set_attributes
 
 ONE = ["--sector", "1", "--camera", "1", "--ccd", "4"]
 QUICK = ["--dark-frames", "2", "--no-angles", "--shard-frames", "4"]
@@ -217,6 +220,37 @@ def test_a_failed_job_ends_with_one(sky):
     )
     assert line.startswith("tessbkg: ")
     assert "no FITS header" in line
+
+
+def test_failed_frames_are_tried_again_when_asked(tmp_path):
+    simulated(4, shape=(64, 64), root=str(tmp_path / "sky"))
+    path = min((tmp_path / "sky/ffi").rglob("*.fits"))
+    content = path.read_bytes()
+    path.write_bytes(b"")
+    words = ["build", tmp_path / "a.zarr", *ONE, "--root", tmp_path / "sky", *QUICK]
+    said = run(*words).output
+    assert "1 unreadable" in said
+    assert "--retry-failed" in said
+    path.write_bytes(content)
+    assert "everything was there already" in run(*words).output
+    said = run(*words, "--retry-failed").output
+    assert "unreadable" not in said
+    assert "--retry-failed" not in said
+    assert "nothing is wrong" in run("check", tmp_path / "a.zarr", "--deep").output
+
+
+def test_a_warning_and_a_damaged_store_are_one_line_each(sky, tmp_path):
+    out = tmp_path / "a.zarr"
+    run("build", out, *ONE, "--root", sky, *QUICK)
+    set_attributes(Group.of(str(out), CCD(**CCD1), None), complete=None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        said = run("export", out, tmp_path / "x.npz", *ONE).stderr.splitlines()
+        assert said == [f"tessbkg: warning: {out}/s0001/cam1/ccd4 is not finished: build it again to go on"]
+        shard = out / "s0001/cam1/ccd4/scattered_light/c/0/0/0"
+        shard.write_bytes(shard.read_bytes()[::-1])
+        line = refused("export", out, tmp_path / "x.npz", *ONE, code=1)
+    assert line.startswith("tessbkg: the store is damaged, tessbkg check tells where: ")
 
 
 def test_build_of_many_ccds(tmp_path):
