@@ -91,7 +91,7 @@ def test_sixteen_ccds_are_built_at_once_into_one_store(ministack, tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
 def test_two_hundred_ccds_are_built_at_once_into_one_store(ministack, tmp_path):
-    many(ministack, tmp_path, 13, 16)
+    many(ministack, tmp_path, 13, 208)
 
 
 @pytest.mark.slow
