@@ -118,6 +118,25 @@ class OutFile(click.Path):
         return path
 
 
+@contextlib.contextmanager
+def _writing(out: Path) -> Iterator[Path]:
+    """Give the name of a file to write, which takes the place of `out` when it is whole.
+
+    Raises
+    ------
+    OSError
+        Naming `out`.
+    """
+    part = out.with_name(f".{os.getpid()}-{out.name}")
+    try:
+        yield part
+        part.replace(out)
+    except OSError as error:
+        raise OSError(f"{out}: cannot write: {error.strerror or error}") from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
 def identity_options(function: Any) -> Any:
     """Add the options that say which CCDs."""
     for option in (
@@ -614,7 +633,8 @@ def plot_command(
         figure = draw_frame(store, frame=frame, store_options=options, **which)
     else:
         figure = plot_light_curve(tessbkg.open_background(store, store_options=options, **which))
-    figure.savefig(out)
+    with _writing(out) as part:
+        figure.savefig(part)
     click.echo(out)
 
 
@@ -635,7 +655,8 @@ def animate_command(
     from tessbkg.plot import animate  # noqa: PLC0415
 
     ds = tessbkg.open_background(store, store_options=_storage(store_endpoint_url, None), **which)
-    animate(ds, out, variable=variable, fps=fps)
+    with _writing(out) as part:
+        animate(ds, part, variable=variable, fps=fps)
     click.echo(out)
 
 
@@ -688,7 +709,8 @@ def report_command(*, store: str, out: Path, store_endpoint_url: str | None, **w
     from tessbkg.page import quality_page  # noqa: PLC0415
 
     page = quality_page(store, store_options=_storage(store_endpoint_url, None), **which)
-    out.write_text(page, encoding="utf-8")
+    with _writing(out) as part:
+        part.write_text(page, encoding="utf-8")
     click.echo(out)
 
 
@@ -825,5 +847,6 @@ def export_command(
             f"--format is needed: the name {str(out)!r} ends in none of {', '.join(known)}"
         )
     ds = tessbkg.open_background(store, store_options=_storage(store_endpoint_url, None), **which)
-    export(ds, out, format=form)
+    with _writing(out) as part:
+        export(ds, part, format=form)
     click.echo(f"{out}: {form} of {ds.attrs['title']}")

@@ -84,6 +84,26 @@ def test_a_full_disk(source, tmp_path, kilobytes):
 
 
 @pytest.mark.slow
+def test_a_full_disk_keeps_the_picture_that_was_there(source, tmp_path):
+    assert build(tmp_path / "s.zarr", source)[0] == 0
+    with mounted(tmp_path / "small", "size=8k") as folder:
+        for command, name in (
+            ("plot", "x.png"),
+            ("animate", "x.gif"),
+            ("report", "x.html"),
+            ("export", "x.npz"),
+        ):
+            (folder / name).write_text("old")
+            ccd = ("--sector", 1, "--camera", 1, "--ccd", 4)
+            code, stderr = run(command, tmp_path / "s.zarr", folder / name, *ccd)
+            assert code == 1
+            assert_one_line(stderr, f"{folder / name}: cannot write: No space left on device")
+            assert [path.name for path in folder.iterdir()] == [name]
+            assert (folder / name).read_text() == "old"
+            (folder / name).unlink()
+
+
+@pytest.mark.slow
 def test_a_full_disk_on_a_cluster(source, tmp_path):
     with mounted(tmp_path / "small", "size=500k") as folder:
         simulated(64, shape=(64, 64), root=str(tmp_path / "more"))
