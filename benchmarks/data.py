@@ -13,7 +13,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 CCD1 = {"sector": 1, "camera": 1, "ccd": 4}
-DARK_FRAMES = 16
+DARK_FRAMES = 10
 
 
 def environment():
@@ -43,7 +43,7 @@ def sky(cache: Path, kind: str, frames: int, shape=(2048, 2048)):
     truth = f"{root}/truth/{CCD(**CCD1).group}.zarr"
     if not (root / "complete").exists():
         print(f"  simulating {frames} frames of {shape[0]} x {shape[1]}, {kind} ...", flush=True)
-        simulate(str(root), frames=frames, shape=shape, kind=kind, ffir=False, **CCD1)
+        simulate(str(root), frames=frames, shape=shape, kind=kind, seed=7, ffir=False, **CCD1)
         (root / "complete").touch()
     return root, xr.open_zarr(truth, consolidated=False, chunks=None)
 
@@ -60,7 +60,7 @@ def survey_and_scene(root: Path, options):
     with tempfile.TemporaryDirectory(prefix="tessbkg-bench-") as folder:
         plan = planning.plan_build(f"{folder}/s.zarr", root=str(root), options=options, **CCD1)
         create_group(plan.job.group, plan.fields)
-        survey = jobs._survey_step(plan, None, lambda *_: None)
+        survey = jobs._survey_step(plan.job, plan.frames, None, lambda *_: None)
         work.make_scene_group(plan.job)
         scene = work.scene_of_dataset(read_child(plan.job.group, "scene"))
     return plan.job, survey, scene

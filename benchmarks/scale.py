@@ -66,7 +66,7 @@ plan = planning.plan_build(store, root=root, sector=1, camera=1, ccd=4, dark_fra
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 if step == "prepare":
     create_group(plan.job.group, plan.fields)
-    survey = jobs._survey_step(plan, None, lambda *_: None)
+    survey = jobs._survey_step(plan.job, plan.frames, None, lambda *_: None)
     work.make_scene_group(plan.job)
     write_template(plan.job.group, work.make_template(plan.job, survey), plan.job.shard_frames)
 else:

@@ -140,7 +140,7 @@ def list_ffis(
     frames = frames[chosen]
     if frames.empty:
         what = ", ".join(
-            f"{name} {value}"
+            f"{name} {' or '.join(map(str, value if isinstance(value, Iterable) else [value]))}"
             for name, value in (("sector", sector), ("camera", camera), ("CCD", ccd))
             if value is not None
         )

@@ -40,6 +40,7 @@ from tessbkg.store import (
     read_objects,
     read_rows,
     seal_holds,
+    select,
     shards,
     store_errors,
 )
@@ -124,7 +125,7 @@ def check(
 
     Raises
     ------
-    StoreError
+    StoreMismatchError
         If there is no store, or none of the CCDs asked for is in it.
     ValueError
         If an argument is out of range.
@@ -141,7 +142,7 @@ def check(
     CCD(**{"sector": 1, "camera": 1, "ccd": 1, **{k: v for k, v in wanted.items() if v is not None}})
     if isinstance(sample, bool) or not isinstance(sample, int) or sample < 1:
         raise ValueError(f"sample={sample!r} is out of range: allowed are integers from 1")
-    root = Group(str(store).rstrip("/"), "", freeze(check_options(store_options, "store_options")))
+    root = Group.root(store, store_options)
     source = check_options(storage_options)
     findings = list(_check_folders(root))
     try:
@@ -150,11 +151,7 @@ def check(
         if not findings:
             raise
         return [*findings, Finding(root.url, str(error))]
-    asked = [one for one in there if all(v in {None, getattr(one, k)} for k, v in wanted.items())]
-    if not asked and not findings:
-        listed = ", ".join(str(one) for one in there) or "none"
-        raise StoreError(f"{store} has no CCD that is asked for; it has {listed}")
-    for one in asked:
+    for one in select(there, store, **wanted) if there or not findings else []:
         group = Group.of(store, one, store_options)
         found = list(_check_group(group))
         findings += found
@@ -166,17 +163,12 @@ def check(
 def _check_folders(root: Group) -> Iterator[Finding]:
     """Check the groups above those of CCDs, which hold nothing but their kind."""
     objects = list_objects(root)
-    if not objects:
-        return  # no store at all: that is for the caller to say
-    depth = {name.count("/") for name in objects if name.endswith("zarr.json")}
-    if 0 not in depth:
-        yield Finding(root.url, "zarr.json of the store is lost")
     parents = {"/".join(name.split("/")[:i]) for name in objects for i in (1, 2) if _of_a_ccd(name)}
-    names = [f"{parent}/zarr.json" for parent in sorted(parents)]
-    for name in names:
+    names = ["zarr.json", *(f"{parent}/zarr.json" for parent in sorted(parents))]
+    for name in names if parents else []:  # without any it is no store: that is for the caller to say
         if name not in objects:
-            yield Finding(name, "object is lost")
-    for name, content in read_objects(root, [n for n in ("zarr.json", *names) if n in objects]).items():
+            yield Finding(name, LOST)
+    for name, content in read_objects(root, [name for name in names if name in objects]).items():
         try:
             document = json.loads(content)
         except ValueError:
@@ -188,7 +180,7 @@ def _check_folders(root: Group) -> Iterator[Finding]:
             yield Finding(name, "not the metadata of a group")
     for ccd in {"/".join(name.split("/")[:3]) for name in objects if _of_a_ccd(name)}:
         if f"{ccd}/zarr.json" not in objects:
-            yield Finding(f"{ccd}/zarr.json", "object is lost")
+            yield Finding(f"{ccd}/zarr.json", LOST)
 
 
 def _of_a_ccd(name: str) -> bool:

@@ -10,10 +10,12 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import click
 
@@ -79,6 +81,62 @@ class FrameSlice(click.ParamType[slice]):
         return slice(*parts)
 
 
+class Endpoint(click.ParamType[str]):
+    """Address of an S3 server: `http://HOST:PORT`, without credentials."""
+
+    name = "URL"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Check one argument."""
+        from tessbkg.storage import check_url  # noqa: PLC0415 (slow to import)
+
+        text = str(value)
+        try:
+            check_url(text)
+            address = urlsplit(text)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+        if address.scheme not in {"http", "https"} or not address.hostname:
+            self.fail(f"{text!r}: allowed is http://HOST:PORT or https://HOST", param, ctx)
+        return text
+
+
+class OutFile(click.Path):
+    """A file to write: in a folder that is there, with one of some endings."""
+
+    def __init__(self, *endings: str) -> None:
+        super().__init__(dir_okay=False, path_type=Path)
+        self.endings = endings
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Check one argument."""
+        path = Path(os.fsdecode(super().convert(value, param, ctx)))
+        if self.endings and path.suffix.lower() not in self.endings:
+            self.fail(f"{str(path)!r}: the name must end in {' or '.join(self.endings)}", param, ctx)
+        if not path.parent.is_dir():
+            self.fail(f"{str(path)!r}: there is no folder {str(path.parent)!r}", param, ctx)
+        return path
+
+
+@contextlib.contextmanager
+def _writing(out: Path) -> Iterator[Path]:
+    """Give the name of a file to write, which takes the place of `out` when it is whole.
+
+    Raises
+    ------
+    OSError
+        Naming `out`.
+    """
+    part = out.with_name(f".{os.getpid()}-{out.name}")
+    try:
+        yield part
+        part.replace(out)
+    except OSError as error:
+        raise OSError(f"{out}: cannot write: {error.strerror or error}") from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
 def identity_options(function: Any) -> Any:
     """Add the options that say which CCDs."""
     for option in (
@@ -100,7 +158,7 @@ def source_options(function: Any) -> Any:
         click.option(
             "--anon/--no-anon", default=None, help="Read S3 without or with credentials. [default: --anon]"
         ),
-        click.option("--endpoint-url", metavar="URL", help="S3 server of the source, if not Amazon's."),
+        click.option("--endpoint-url", type=Endpoint(), help="S3 server of the source, if not Amazon's."),
         click.option(
             "--root", metavar="URL", default=None, help="Folder that holds ffi/. [default: the public bucket]"
         ),
@@ -121,7 +179,7 @@ def _storage(endpoint_url: str | None, anon: bool | None) -> dict[str, Any]:
 def store_options(function: Any) -> Any:
     """Add the option of the store's server."""
     return click.option(
-        "--store-endpoint-url", metavar="URL", help="S3 server of the store, if not Amazon's."
+        "--store-endpoint-url", type=Endpoint(), help="S3 server of the store, if not Amazon's."
     )(function)
 
 
@@ -222,7 +280,9 @@ class Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command: exit code 2 for a wrong argument, 1 for a failed job."""
         try:
-            return super().invoke(ctx)
+            with warnings.catch_warnings():
+                warnings.showwarning = _warn
+                return super().invoke(ctx)
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
         except (CatalogError, StoreMismatchError) as error:
@@ -230,6 +290,8 @@ class Commands(click.Group):
         except TessbkgError as error:  # some are ValueErrors too
             self._end(ctx, error, 1)
         except ValueError as error:
+            if "checksum do not match" in str(error):  # of Zarr, which reads when values are asked for
+                self._end(ctx, error, 1, "the store is damaged, tessbkg check tells where: ")
             self._end(ctx, error, 2)
         except BrokenPipeError:
             raise
@@ -244,6 +306,11 @@ class Commands(click.Group):
             raise error
         click.echo(f"tessbkg: {kind}{' '.join(str(error).split())}", err=True)
         ctx.exit(code)
+
+
+def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
+    """Print a warning as one line."""
+    click.echo(f"tessbkg: warning: {message}", err=True)
 
 
 GRACE_SECONDS = 8.0
@@ -517,7 +584,7 @@ def info_command(*, store: str, store_endpoint_url: str | None, **which: Any) ->
 
 @main.command("plot")
 @which_options
-@click.argument("out", type=click.Path(path_type=Path, dir_okay=False))
+@click.argument("out", type=OutFile(".png", ".pdf", ".svg"))
 @click.option(
     "--kind",
     type=click.Choice(["level", "frame", "focal-plane"]),
@@ -526,9 +593,9 @@ def info_command(*, store: str, store_endpoint_url: str | None, **which: Any) ->
     help="Light over time of a CCD; scene, mask and light of one frame of it; one frame of all CCDs.",
 )
 @click.option("--frame", type=click.IntRange(0), help="Number of the frame. [default: the brightest]")
-@click.option("--variable", default="scattered_light", show_default=True, help="Of the focal plane.")
+@click.option("--variable", help="Of the focal plane. [default: scattered_light]")
 def plot_command(
-    *, store: str, out: Path, kind: str, store_endpoint_url: str | None, variable: str, **which: Any
+    *, store: str, out: Path, kind: str, store_endpoint_url: str | None, variable: str | None, **which: Any
 ) -> None:
     """Draw light over time, a frame, or the focal plane into OUT.
 
@@ -544,28 +611,34 @@ def plot_command(
     from tessbkg.plot import plot_light_curve  # noqa: PLC0415
 
     options, frame = _storage(store_endpoint_url, None), which.pop("frame")
+    if variable and kind != "focal-plane":
+        raise click.UsageError("--variable goes with --kind focal-plane only")
+    if frame is not None and kind == "level":
+        raise click.UsageError("--frame goes with --kind frame or focal-plane only")
     if kind == "focal-plane":
-        figure = draw_focal_plane(store, variable, frame=frame, store_options=options, **which)
+        shown = variable or "scattered_light"
+        figure = draw_focal_plane(store, shown, frame=frame, store_options=options, **which)
     elif kind == "frame":
         figure = draw_frame(store, frame=frame, store_options=options, **_only(store, options, **which))
     else:
         figure = plot_light_curve(
             tessbkg.open_background(store, store_options=options, **_only(store, options, **which))
         )
-    figure.savefig(out)
+    with _writing(out) as part:
+        figure.savefig(part)
     click.echo(out)
 
 
 @main.command("animate")
 @which_options
-@click.argument("out")
+@click.argument("out", type=OutFile(".gif", ".html", ".mp4"))
 @binned_option
 @click.option("--variable", default="scattered_light", show_default=True, help="Any on (time, y, x).")
 @click.option("--fps", default=8, show_default=True, type=click.IntRange(1, 60), help="Frames a second.")
 def animate_command(
     *,
     store: str,
-    out: str,
+    out: Path,
     variable: str,
     fps: int,
     binned: bool,
@@ -587,7 +660,8 @@ def animate_command(
     ds = tessbkg.open_background(
         store, binned=binned, store_options=options, **_only(store, options, **which)
     )
-    animate(ds, out, variable=variable, fps=fps)
+    with _writing(out) as part:
+        animate(ds, part, variable=variable, fps=fps)
     click.echo(out)
 
 
@@ -599,7 +673,7 @@ def animate_command(
 )
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Of the sample.")
 @click.option("--anon/--no-anon", default=None, help="Read the source on S3 without or with credentials.")
-@click.option("--endpoint-url", metavar="URL", help="S3 server of the source, if not Amazon's.")
+@click.option("--endpoint-url", type=Endpoint(), help="S3 server of the source, if not Amazon's.")
 def check_command(
     *, store: str, endpoint_url: str | None, anon: bool | None, store_endpoint_url: str | None, **what: Any
 ) -> None:
@@ -622,15 +696,16 @@ def check_command(
     for finding in findings:
         click.echo(str(finding))
     if findings:
-        click.echo(f"tessbkg: {len(findings)} findings in {store}", err=True)
+        count = f"{len(findings)} finding{'s' if len(findings) > 1 else ''}"
+        click.echo(f"tessbkg: {count} in {store}; the README's 'How to verify' says how to mend", err=True)
         raise click.exceptions.Exit(1)
     click.echo(f"{store}: nothing is wrong")
 
 
 @main.command("report")
 @which_options
-@click.argument("out")
-def report_command(*, store: str, out: str, store_endpoint_url: str | None, **which: Any) -> None:
+@click.argument("out", type=OutFile())
+def report_command(*, store: str, out: Path, store_endpoint_url: str | None, **which: Any) -> None:
     """Write an HTML page about a built CCD, with pictures, into OUT.
 
     \b
@@ -641,7 +716,8 @@ def report_command(*, store: str, out: str, store_endpoint_url: str | None, **wh
 
     options = _storage(store_endpoint_url, None)
     page = quality_page(store, store_options=options, **_only(store, options, **which))
-    Path(out).write_text(page, encoding="utf-8")
+    with _writing(out) as part:
+        part.write_text(page, encoding="utf-8")
     click.echo(out)
 
 
@@ -659,7 +735,7 @@ def report_command(*, store: str, out: str, store_endpoint_url: str | None, **wh
     show_default=True,
     help="Kind of scene: orbit, smooth, glint, crowded, moon, drift, few_dark.",
 )
-@click.option("--endpoint-url", metavar="URL", help="S3 server to write to, if not Amazon's.")
+@click.option("--endpoint-url", type=Endpoint(), help="S3 server to write to, if not Amazon's.")
 def simulate_command(
     *,
     url: str,
@@ -757,7 +833,7 @@ def demo_command(*, out: Path, frames: int) -> None:
 
 @main.command("export")
 @which_options
-@click.argument("out")
+@click.argument("out", type=OutFile())
 @binned_option
 @click.option(
     "--format",
@@ -768,7 +844,7 @@ def demo_command(*, out: Path, frames: int) -> None:
 def export_command(
     *,
     store: str,
-    out: str,
+    out: Path,
     format_: str | None,
     binned: bool,
     store_endpoint_url: str | None,
@@ -783,12 +859,15 @@ def export_command(
     from tessbkg.exports import export  # noqa: PLC0415
 
     known = {".npz": "npz", ".fits": "fits", ".nc": "netcdf"}
-    form: Any = format_ or known.get(Path(out).suffix)
+    form: Any = format_ or known.get(out.suffix)
     if form is None:
-        raise click.UsageError(f"--format is needed: the name {out!r} ends in none of {', '.join(known)}")
+        raise click.UsageError(
+            f"--format is needed: the name {str(out)!r} ends in none of {', '.join(known)}"
+        )
     options = _storage(store_endpoint_url, None)
     ds = tessbkg.open_background(
         store, binned=binned, store_options=options, **_only(store, options, **which)
     )
-    export(ds, out, format=form)
+    with _writing(out) as part:
+        export(ds, part, format=form)
     click.echo(f"{out}: {form} of {ds.attrs['title']}")

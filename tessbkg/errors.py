@@ -47,7 +47,10 @@ class StoreError(TessbkgError):
 
 
 class StoreMismatchError(StoreError):
-    """The store was made with other parameters; the message names the fields that differ."""
+    """The store is not the one that was meant: not ours, without the CCD, or made with other parameters.
+
+    The message names what there is, or the fields that differ.
+    """
 
 
 class EphemerisRangeError(TessbkgError):

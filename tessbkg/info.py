@@ -58,7 +58,7 @@ def info(
 
     Raises
     ------
-    StoreError
+    StoreMismatchError
         If there is no store, or no such CCD; the message names those there are.
     ValueError
         If a number is out of range.

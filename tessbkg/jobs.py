@@ -7,11 +7,11 @@ the shard and then its `frame_status`. What is done stays done; running the job 
 from __future__ import annotations
 
 import json
+import logging
 import signal
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
@@ -25,7 +25,7 @@ from tessbkg.dataset import (
     SHARD_FRAMES,
     Options,
 )
-from tessbkg.errors import ClusterError, FFIReadError, StoreError, TessbkgError
+from tessbkg.errors import ClusterError, FFIReadError, StoreMismatchError, TessbkgError
 from tessbkg.ffi import FrameStatus
 from tessbkg.stack import (
     OnError,
@@ -43,6 +43,7 @@ from tessbkg.store import (
     read_array,
     read_child,
     read_fields,
+    read_objects,
     read_rows,
     set_attributes,
     shards,
@@ -148,6 +149,8 @@ class Report:
         lines += [f"  {row.ffi}: {row.reason}" for row in shown.itertuples()]
         if len(self.bad) > len(shown):
             lines.append(f"  and {len(self.bad) - len(shown)} more")
+        if self.bad["status"].isin(FAILED).any():
+            lines.append("  retry_failed (--retry-failed) tries again what was missing, unreadable or broken")
         if self.shards_done:
             rate = self.nbytes / 1e6 / self.seconds
             lines.append(f"{self.seconds:.1f} s, {self.nbytes / 1e6:,.0f} MB read, {rate:,.0f} MB/s")
@@ -282,9 +285,10 @@ def run_build(
         return _report(plan, read_rows(job.group, "report"), [], began)
     create_group(job.group, plan.fields, overwrite=overwrite)
     survey = _survey_step(job, plan.frames, client, tell)
-    tell("scene", 0, 1)
-    _run(client, [(make_scene_group, (job,))], None)
-    tell("scene", 1, 1)
+    if not marker(job.group.child("scene"), "complete"):
+        tell("scene", 0, 1)
+        _run(client, [(make_scene_group, (job,))], None)
+        tell("scene", 1, 1)
     begin_report(job.group)
     if not marker(job.group, "template"):
         write_template(job.group, make_template(job, survey), job.shard_frames)
@@ -407,9 +411,10 @@ def _report(
 
 def _shard_rows(group: Group, frames: int, shard_frames: int) -> list[dict[str, Any]]:
     """Collect the rows that the shards left; those of a shard that is not written are not there."""
-    with ThreadPoolExecutor(16) as pool:
-        parts = pool.map(lambda part: read_rows(group, rows_of(part[0])), shards(frames, shard_frames))
-        return [row for part in parts for row in part]
+    names = [f"{rows_of(first)}/zarr.json" for first, _ in shards(frames, shard_frames)]
+    found = read_objects(group, names, lost=True)
+    parts = [json.loads(found[name])["attributes"]["rows"] for name in names if name in found]
+    return [row for part in parts for row in part]
 
 
 def read_report(
@@ -435,7 +440,7 @@ def read_report(
 
     Raises
     ------
-    StoreError
+    StoreMismatchError
         If there is no such group.
 
     Examples
@@ -449,7 +454,7 @@ def read_report(
     group = Group.of(store, CCD(sector, camera, ccd), store_options)
     attrs = read_fields(group)
     if attrs is None:
-        raise StoreError(f"{store} has no {CCD(sector, camera, ccd)}")
+        raise StoreMismatchError(f"{store} has no {CCD(sector, camera, ccd)}")
     fields = json.loads(attrs["fields"])
     rows = read_rows(group, "report") or _shard_rows(group, fields["frames"], fields["shard_frames"])
     return _table_of(rows)
@@ -575,5 +580,7 @@ def _deaf() -> Any:
     class Deaf(WorkerPlugin):
         def setup(self, worker: Any) -> None:  # noqa: ARG002 (of distributed)
             signal.signal(signal.SIGINT, signal.SIG_IGN)
+            # what it says of tasks that are cancelled
+            logging.getLogger("distributed.worker.state_machine").setLevel(logging.ERROR)
 
     return Deaf()

@@ -14,6 +14,7 @@ better, :func:`refine_terms` corrects them pixel by pixel.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -47,6 +48,12 @@ CUBIC_ERROR: Final = 0.4
 """Error of the expansion as a share of its linear part: the first, and the second times the square of the
 distance (the third order that is left out); measured on simulated frames, stars of 2 pixels FWHM."""
 
+
+RESPONSE_DISTANCES: Final = (0.05, 0.25)
+"""Motions, in pixels, at which the response of medians to moved stars is measured."""
+
+RESPONSE_NOISE: Final = 4
+"""Images of noise that it is measured on."""
 
 TERM_ERRORS: Final = np.array([0.12, 0.12, 0.1, 0.3, 0.1], dtype=np.float32)
 """Errors of the spline's terms as a share of slope and curvature, on stars of 2 pixels FWHM."""
@@ -260,6 +267,101 @@ def _best_of_cells(
         column.ravel(),
         np.take_along_axis(flat, inside, axis=1).ravel(),
     )
+
+
+@dataclass(frozen=True, eq=False)
+class Response:
+    """What moved stars do to medians and the like; from :func:`measure_response`.
+
+    Parameters
+    ----------
+    added : (distances, 2, ny, nx) float32, electron s-1
+        What motion along rows (columns) by RESPONSE_DISTANCES adds, per pixel of motion.
+    noise : (distances, 2, ny, nx) float32, (electron s-1)^2
+        Variance that comes with it, per square of the motion.
+    share : float
+        Error of what is added, as a share of it.
+    """
+
+    added: Floats
+    noise: Floats
+    share: float
+
+    def at(self, dy: Floats, dx: Floats) -> tuple[Floats, Floats]:
+        """Give what is added and the variance that is left when that is taken off, by bins.
+
+        Parameters
+        ----------
+        dy, dx : float32, pixels
+            Broadcast against (ny, nx).
+        """
+        added, variance = np.zeros((2, *self.added.shape[2:]), dtype=np.float32)
+        near, far = RESPONSE_DISTANCES
+        for axis, distance in enumerate((dy, dx)):
+            share = np.clip((np.abs(distance) - near) / (far - near), 0, 1)
+            here, noise = (
+                image[0, axis] * (1 - share) + image[1, axis] * share for image in (self.added, self.noise)
+            )
+            added += distance * here
+            variance += distance**2 * (noise + np.float32(self.share**2) * here**2)
+        return added, variance
+
+
+def measure_response(
+    scene: Floats,
+    terms: Floats,
+    noise: tuple[float, float],
+    *,
+    share: float,
+    kernel: Callable[[Floats], Floats],
+    spread: Callable[[Floats], Floats],
+) -> Response:
+    """Put moved scenes, with noise, through a kernel.
+
+    What is added is half the difference of forth and back. Stars that move also are noise to a median: how
+    much more its values scatter between images of noise, over the whole CCD, is shared out among the bins by
+    their slopes.
+
+    Parameters
+    ----------
+    scene : (rows, columns) float32, electron s-1
+    terms : (5, rows, columns) float32
+    noise : (float, float)
+        a and b of the noise law.
+    share : float
+        Error of what is added, as a share of it.
+    kernel : function
+        Of an image; gives (ny, nx).
+    spread : function
+        Of variances of pixels; gives those of bins, roughly.
+    """
+    variance = (noise[0] * np.maximum(np.nan_to_num(scene), 0) + noise[1]).astype(np.float32)
+    random = np.random.default_rng(0)
+    still, forth, back = [], [], []
+    moves = [(distance, axis) for distance in RESPONSE_DISTANCES for axis in (0, 1)]
+    for _ in range(RESPONSE_NOISE):
+        image = random.standard_normal(scene.shape, dtype=np.float32)
+        image *= np.sqrt(variance)
+        image += scene
+        still.append(kernel(image))
+        for distance, axis in moves:
+            even, odd = np.float32(distance**2) * terms[2 + 2 * axis], np.float32(distance) * terms[axis]
+            forth.append(kernel(image + even + odd))
+            back.append(kernel(image + even - odd))
+    shape = still[0].shape
+    both = np.array([forth, back]).reshape(2, RESPONSE_NOISE, len(moves), *shape)
+    quiet = np.nanmean(np.var(still, axis=0, ddof=1))
+    more = np.nanmean(both.var(axis=1, ddof=1), axis=(0, 2, 3)) - quiet
+    added = (both[0] - both[1]).mean(axis=0) / 2
+    scatter = np.empty_like(added)
+    for k, (distance, axis) in enumerate(moves):
+        square = np.square(np.float32(distance) * terms[axis])
+        of_bins = spread(square * variance / (square + variance))  # beyond its noise, more is the same
+        typical = max(float(np.nanmean(of_bins)), 1e-12)
+        scatter[k] = of_bins * max(float(more[k]), 0) / typical / distance**2
+        added[k] /= distance
+    parts = len(RESPONSE_DISTANCES), 2, *shape
+    return Response(np.nan_to_num(added).reshape(parts), np.nan_to_num(scatter).reshape(parts), share)
 
 
 def refine_terms(residual: Floats, moved: Floats, terms: Floats, variance: Floats) -> None:

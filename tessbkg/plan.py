@@ -6,6 +6,7 @@ import difflib
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -230,7 +231,16 @@ def plan_build(
         )
         if not steps:
             missing = unwritten_shards(group, shard_frames)
+    if "template" in steps:
+        _check_ephemeris(options)
     return BuildPlan(job, table, fields, missing, steps, None if bin_hours is None else float(bin_hours))
+
+
+def _check_ephemeris(options: Options) -> None:
+    """Refuse an ephemeris that is not there before hours of work end at it."""
+    named = options.angles and options.ephemeris not in {"table", "horizons"}
+    if named and not Path(options.ephemeris).is_file():
+        raise ValueError(f"ephemeris={options.ephemeris!r}: there is no such file")
 
 
 def _check_bin_hours(bin_hours: float, table: pd.DataFrame) -> None:

@@ -246,6 +246,22 @@ def _edges(centres: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     return (grown[:-1, :-1] + grown[1:, :-1] + grown[:-1, 1:] + grown[1:, 1:]) / 4
 
 
+def _levels(light: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+    """Percentiles 5, 50 and 95 of each frame, NaN where there is no value.
+
+    Raises
+    ------
+    ValueError
+        If there is none anywhere.
+    """
+    good = np.isfinite(light).any(axis=1)
+    if not good.any():
+        raise ValueError("there is no good frame to show")
+    levels = np.full((3, len(light)), np.nan)
+    levels[:, good] = np.nanpercentile(light[good], [5, 50, 95], axis=1)
+    return levels
+
+
 def plot_light_curve(ds: xr.Dataset) -> Figure:
     """Draw the level of scattered light over time, with flags, gaps and the Earth's and Moon's angles.
 
@@ -258,6 +274,11 @@ def plot_light_curve(ds: xr.Dataset) -> Figure:
     -------
     matplotlib.figure.Figure
 
+    Raises
+    ------
+    ValueError
+        If there is no good frame.
+
     Examples
     --------
     >>> import numpy as np, xarray as xr
@@ -266,10 +287,7 @@ def plot_light_curve(ds: xr.Dataset) -> Figure:
     1
     """
     time = ds["time"].to_numpy()
-    light = ds["scattered_light"].to_numpy().reshape(len(time), -1)
-    good = np.isfinite(light).any(axis=1)
-    low, middle, high = np.full((3, len(time)), np.nan)
-    low[good], middle[good], high[good] = np.nanpercentile(light[good], [5, 50, 95], axis=1)
+    low, middle, high = _levels(ds["scattered_light"].to_numpy().reshape(len(time), -1))
     angles = [body for body in ("earth", "moon") if f"{body}_boresight_angle" in ds]
     figure = _figure(12, 6 if angles else 3.6)
     panels: Any = figure.subplots(2 if angles else 1, 1, sharex=True, squeeze=False)[:, 0]

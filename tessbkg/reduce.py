@@ -6,7 +6,7 @@ prepared once in a :class:`Plan`; :func:`reduce_frame` then costs little more th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Literal, get_args
 
 import numpy as np
@@ -17,13 +17,17 @@ from scipy.sparse.linalg import splu
 from tessbkg.motion import (
     TERMS,
     Motion,
+    Response,
+    displacement,
     distance_of,
     expand,
     expansion_error,
+    measure_response,
     place,
     prepare_motion,
     scene_terms,
 )
+from tessbkg.rolling import Halving, overlapping, prepare_rolling, reduce_rolling, rolling_factor
 from tessbkg.whole import Whole, mean_of_used, prepare_whole, reduce_whole
 
 Floats = npt.NDArray[np.float32]
@@ -37,11 +41,15 @@ NOISE: Final = (7.445e-4, 0.0197)
 """Noise law of sector 1, electron s-1 and (electron s-1)^2: weighs pixels where a plan has no law of its
 own."""
 
-HALVE_PIXELS: Final = 65536
-"""Pixels of a row of windows that `rolling` sorts at once: they stay in the processor's cache."""
-
 CEILING: Final = 4e4
 """Pixels this far above the scene are saturated, electron s-1: `whole` gives no value then."""
+
+RESPONSE_SHARE: Final = {"median": 0.2, "clipped": 0.2, "rolling": 0.35}
+"""Error of what moved stars add to statistics that are no means, as a share of it; measured on simulated
+frames."""
+
+LEAST_MEDIAN: Final = 4
+"""Medians of smaller bins follow moved stars like means."""
 
 STRUCTURE: Final = {"whole": (0.025, 0.2), "rolling": (0.25, 0.25)}
 """Error of a bin where light has structure, as a share of its second differences from bin to bin: a constant,
@@ -51,11 +59,6 @@ pixels; for `whole` it goes with the inverse of the size of bins, up to twice th
 STRUCTURE_SIMPLE: Final = (0.22, 0.4)
 """The same for the other statistics."""
 
-ROBUST_SHARE: Final = {"median": (0.24, 2.2), "clipped": (0.25, 2.9), "rolling": (0.27, 1.85)}
-"""Error that moved stars leave in medians and clipped means, as a share of motion times blur: these do not
-follow the expansion, which is that of the mean. A constant, and what comes with the inverse of the size of
-bins, as the pixels of a star move together."""
-
 ROLLING_SHARE: Final = 0.03
 """Error of medians of medians of unevenly masked windows, as a share of the change of the light from bin to
 bin."""
@@ -64,8 +67,11 @@ AGREEMENT: Final = 4.0
 """Squared differences of the two values of a bin count for more than the errors of both from this many times
 their sum on; the stars are to blame then."""
 
-NOTICED: Final = 80.0
-"""Squared second differences count from this many variances of a bin on: 12 is what noise makes."""
+NOTICED: Final = {"rolling": 15.0}
+"""Squared second differences count from this many variances of a bin on, else from NOTICED_OTHERS: 12 is what
+noise makes, half of it where windows overlap."""
+
+NOTICED_OTHERS: Final = 80.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,6 +104,8 @@ class Plan:
         Noise law that weighs pixels.
     whole : Whole or None
         For `whole` and `mean`.
+    halvings : list of Halving
+        For `rolling`.
     structure : tuple of (ny, nx) float32
         Variance of a bin over the squared second differences of the light; for `whole` with spare pixels
         a second one for them.
@@ -110,6 +118,8 @@ class Plan:
         What moved stars add to the mean of unmasked pixels; `whole` has its own.
     blur : (ny, nx) float32
         Noise that stars leave per pixel of motion, times the error of its terms.
+    star_response : Response or None
+        For statistics that do not follow the expansion, which is that of the mean.
     fill : Filling
         Fills bins that no pixel says anything of in an image of bins, in place.
     """
@@ -127,15 +137,17 @@ class Plan:
     scene_error: Floats
     noise: tuple[float, float]
     whole: Whole | None
+    halvings: list[Halving]
     structure: tuple[Floats, ...]
     lopsided: Floats | None
     motion: Motion
     terms: Floats
     blur: Floats
+    star_response: Response | None
     fill: Filling
 
 
-def plan_reduction(  # noqa: C901, PLR0915 (one plan, many parts)
+def plan_reduction(  # noqa: C901 (one plan, many parts)
     scene: Floats,
     mask: npt.NDArray[np.bool_],
     *,
@@ -159,9 +171,9 @@ def plan_reduction(  # noqa: C901, PLR0915 (one plan, many parts)
         Pixels along the side of a bin.
     statistic : {"whole", "median", "mean", "clipped", "rolling", "sparse"}
         `whole` (:mod:`tessbkg.whole`) is the mean light of all pixels of a bin, masked ones interpolated,
-        free of outliers and of what moving stars leave. The others are of the unmasked pixels as they are:
-        `median`; `mean`; `clipped`, the mean within 3 sigmas of the median; `rolling`, halving the image by
-        medians of overlapping 4 x 4 windows; `sparse`, the one pixel nearest the centre.
+        free of outliers. The others are of the unmasked pixels: `median`; `mean`; `clipped`, the mean within
+        3 sigmas of the median; `rolling`, halving the image by medians of overlapping 4 x 4 windows;
+        `sparse`, the one pixel nearest the centre. What moved stars add is taken off all of them.
     scene_err : (rows, columns) float32, optional
         One sigma of the scene.
     noise : (float, float), optional
@@ -191,17 +203,12 @@ def plan_reduction(  # noqa: C901, PLR0915 (one plan, many parts)
     if response is not None and (response != 1).any():
         gain = (1 / response).astype(np.float32)
     counts = _blocks(valid, bin).sum(axis=2)
-    a, b = noise or (np.nan, np.nan)
-    variance = a * np.maximum(np.where(valid, scene, 0), 0) + b
-    scene_variance = np.zeros_like(scene) if scene_err is None else np.square(scene_err)
     pixel = _central_pixel(valid, bin)
-    whole, filled = None, counts == 0
     if terms is None:
         terms = scene_terms(scene)
-    moving, blur = (
-        np.zeros((TERMS, *counts.shape), dtype=np.float32),
-        np.zeros(counts.shape, dtype=np.float32),
-    )
+    motion = prepare_motion(scene, terms, noise or NOISE)
+    moving = np.zeros((TERMS, *counts.shape), dtype=np.float32)
+    whole = None
     if statistic in {"whole", "mean"}:
         unit = np.ones(columns, dtype=np.float32)
         whole = prepare_whole(
@@ -214,41 +221,39 @@ def plan_reduction(  # noqa: C901, PLR0915 (one plan, many parts)
             ceiling=CEILING,
             spare=spare if statistic == "whole" else None,
         )
-    motion = prepare_motion(scene, terms, noise or NOISE)
+    inside = valid[: rows // bin * bin, : columns // bin * bin]
+    halvings = prepare_rolling(inside, bin) if statistic == "rolling" else []
+
+    def take(image: Floats) -> Floats:
+        """Bins of an image, as the statistic has them."""
+        if statistic == "sparse":
+            return np.asarray(image.reshape(-1)[np.maximum(pixel, 0)])
+        return _mean(np.where(valid, image, 0), counts, bin)
+
+    def spread(square: Floats) -> Floats:
+        """Variance of bins by that of pixels."""
+        if whole is not None and statistic == "whole":
+            return whole.strict.weigh(square, squared=True)
+        return np.asarray(take(square) * factor**2)
+
     if whole is not None and statistic == "whole":
         filled = ~whole.strict.reached
-        squares = whole.strict.weigh(np.ones_like(scene), squared=True)
-        factor = np.where(filled, np.nan, np.sqrt(squares)).astype(np.float32)
-        known = np.where(np.isfinite(scene_variance), scene_variance, 0).astype(np.float32)
-        still = whole.strict.weigh(variance.astype(np.float32), squared=True)
-        scene_square = whole.strict.weigh(known, squared=True)
-        rise = np.asarray(a * squares, dtype=np.float32)
+        factor = np.where(filled, np.float32(np.nan), np.sqrt(spread(np.ones_like(scene))))
     else:
-        factor = _error_factor(valid, counts, bin, statistic)
-        if statistic == "sparse":
-            index = np.maximum(pixel, 0)
-            still = np.asarray(variance.reshape(-1)[index], dtype=np.float32)
-            scene_square = np.asarray(scene_variance.reshape(-1)[index], dtype=np.float32)
-        else:
-            still = _mean(np.where(valid, variance, 0), counts, bin)
-            scene_square = _mean(np.where(valid, scene_variance, 0), counts, bin)
-        sums = [_mean(np.where(valid, term, 0), counts, bin) for term in terms]
-        steep = np.where(valid, terms[0] ** 2 + terms[1] ** 2, 0)
-        moving = np.nan_to_num(np.stack(sums))
-        blur = np.asarray(np.nan_to_num(factor * np.sqrt(_mean(steep, counts, bin))), dtype=np.float32)
-        if statistic == "sparse":
-            moving = terms.reshape(TERMS, -1)[:, index]
-            blur = np.sqrt(steep.reshape(-1)[index])
-        still, scene_square = still * factor**2, scene_square * factor**2
-        rise = np.asarray(a * factor**2, dtype=np.float32)
+        filled = counts == 0
+        factor = rolling_factor(inside, halvings) if halvings else _error_factor(counts, statistic)
+        moving = np.nan_to_num(np.stack([take(term) for term in terms]))
+    a, b = noise or (np.nan, np.nan)
+    known = np.zeros_like(scene) if scene_err is None else np.where(np.isfinite(scene_err), scene_err, 0)
+    still = spread((a * np.maximum(np.where(valid, scene, 0), 0) + b).astype(np.float32))
     used = [counts]
     if whole is not None and whole.lenient is not None:
         used.append(whole.lenient.n_used)
     fill = Filling(filled)
-    scene_error = np.sqrt(scene_square).astype(np.float32)
+    scene_error = np.sqrt(spread(np.square(known)))
     scene_error[filled] = np.nan
     fill(scene_error)
-    return Plan(
+    plan = Plan(
         size=bin,
         statistic=statistic,
         shape=(counts.shape[0], counts.shape[1]),
@@ -257,18 +262,31 @@ def plan_reduction(  # noqa: C901, PLR0915 (one plan, many parts)
         n_pixels=counts,
         pixel=pixel,
         factor=factor,
-        still=still.astype(np.float32),
-        rise=rise.astype(np.float32),
+        still=still,
+        rise=np.asarray(a * factor**2, dtype=np.float32),
         scene_error=scene_error,
         noise=noise or NOISE,
         whole=whole,
+        halvings=halvings,
         structure=tuple(_structure(statistic, bin, n) for n in used),
         lopsided=None if statistic in {"whole", "sparse"} else _lopsided(valid, bin, statistic),
         motion=motion,
         terms=moving,
-        blur=blur,
+        blur=np.sqrt(np.nan_to_num(spread(terms[0] ** 2 + terms[1] ** 2))),
+        star_response=None,
         fill=fill,
     )
+    if statistic not in RESPONSE_SHARE or bin < LEAST_MEDIAN or not motion.pixel.size:
+        return plan
+    measured = measure_response(
+        scene,
+        terms,
+        plan.noise,
+        share=RESPONSE_SHARE[statistic],
+        kernel=lambda image: _statistic(image, plan),
+        spread=spread,
+    )
+    return replace(plan, star_response=measured)
 
 
 def reduce_frame(flux: Floats, plan: Plan, flux_err: Floats | None = None) -> tuple[Floats, Floats]:
@@ -312,7 +330,7 @@ def reduce_frame(flux: Floats, plan: Plan, flux_err: Floats | None = None) -> tu
         variance = _pixel_variance(flux, flux_err, plan) * plan.factor**2
     with np.errstate(invalid="ignore"):
         variance += np.square(plan.scene_error)
-        bend = _bend(value, variance + np.square(moved))
+        bend = _bend(value, NOTICED.get(plan.statistic, NOTICED_OTHERS) * (variance + np.square(moved)))
         uncertain = np.square(moved) + plan.structure[0] * bend
         if plan.lopsided is not None:
             uncertain += _uneven(value, plan.lopsided, ROLLING_SHARE if plan.statistic == "rolling" else 0)
@@ -326,27 +344,30 @@ def reduce_frame(flux: Floats, plan: Plan, flux_err: Floats | None = None) -> tu
 
 
 def _take_motion_off(value: Floats, flux: Floats, plan: Plan) -> Floats:
-    """Take what moved stars add to means off `value`, in place; give the error that they leave."""
+    """Take what moved stars add off `value`, in place; give the error that they leave."""
     motion, (ny, nx) = plan.motion, plan.shape
     row, column = np.divmod(motion.pixel, flux.shape[1])
     at = np.minimum(row // plan.size, ny - 1), np.minimum(column // plan.size, nx - 1)
     moved = motion.fit(flux, value[at], plan.noise)
-    if plan.statistic not in {"mean", "sparse"}:
-        constant, together = ROBUST_SHARE[plan.statistic]
-        return np.float32((constant + together / plan.size) * distance_of(moved)) * plan.blur
     y, x = (np.arange(n) * plan.size + (plan.size - 1) / 2 for n in plan.shape)
-    value -= expand(moved, plan.terms, place(y, flux.shape[0])[:, None], place(x, flux.shape[1]))
-    return np.float32(expansion_error(distance_of(moved))) * plan.blur
+    y, x = place(y, flux.shape[0])[:, None], place(x, flux.shape[1])
+    left = np.float32(expansion_error(distance_of(moved))) * plan.blur
+    if plan.star_response is None:
+        value -= expand(moved, plan.terms, y, x)
+        return left
+    added, variance = plan.star_response.at(*displacement(moved.astype(np.float32), y, x))
+    value -= added
+    return np.asarray(np.hypot(left, np.sqrt(variance)))
 
 
-def _bend(value: Floats, variance: Floats) -> Floats:
-    """Squared second differences from bin to bin beyond those that noise makes."""
+def _bend(value: Floats, least: Floats) -> Floats:
+    """Squared second differences from bin to bin beyond the least that count."""
     bend = np.zeros_like(value)
     for image, out in ((value, bend), (value.T, bend.T)):
         if len(image) > 2:
             second = np.square(image[2:] + image[:-2] - 2 * image[1:-1])
             out[1:-1] += np.nan_to_num(second)
-    return np.maximum(bend - NOTICED * variance, 0)
+    return np.asarray(np.maximum(bend - least, 0))
 
 
 def _structure(statistic: str, size: int, used: npt.NDArray[np.intp]) -> Floats:
@@ -372,18 +393,12 @@ def _lopsided(valid: npt.NDArray[np.bool_], size: int, statistic: str) -> Floats
     for _ in range(size.bit_length() - 1 if overlap else 1):
         # A window counts as one pixel for the next, whatever it is of.
         number, *sums = (
-            _overlapping(image) if overlap else _block_sums(image, size) for image in (there, *places)
+            overlapping(image) if overlap else _block_sums(image, size) for image in (there, *places)
         )
         there = (number > 0).astype(np.float64)
         places = np.array(sums) / np.maximum(number, 1)
     off = places - np.array(np.meshgrid(np.arange(ny), np.arange(nx), indexing="ij")) * size - centre
     return np.asarray(np.where(there > 0, off / size, 0), dtype=np.float32)
-
-
-def _overlapping(image: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Sum over the windows of `rolling`."""
-    windows = np.lib.stride_tricks.sliding_window_view(np.pad(image, 1), (4, 4))[::2, ::2]
-    return np.asarray(windows.sum(axis=(2, 3)))
 
 
 def _block_sums(image: npt.NDArray[np.floating], size: int) -> npt.NDArray[np.float64]:
@@ -491,96 +506,12 @@ def _clipped(flat: Floats, counts: npt.NDArray[np.intp]) -> Floats:
 
 def _rolling(flux: Floats, plan: Plan) -> Floats:
     """Halve the image again and again by medians of 4 x 4 windows that overlap by half."""
-    size, (ny, nx) = plan.size, plan.shape
-    window = np.s_[: ny * size, : nx * size]
+    ny, nx = plan.shape
+    window = np.s_[: ny * plan.size, : nx * plan.size]
     image = flux[window] - plan.subtract[window]
-    image[np.isinf(image)] = np.nan
     if plan.gain is not None:
-        image *= plan.gain[: nx * size]
-    while image.shape[0] > ny:
-        image = _halve(image)
-    return image
-
-
-def _halve(image: Floats) -> Floats:
-    """Medians of 4 x 4 windows, two pixels apart, one pixel beyond each edge; NaN is left out.
-
-    Windows share sorted 2 x 2 and 4 x 2 blocks, which networks of minima and maxima merge, many at once.
-    Windows with NaN are sorted one by one.
-    """
-    rows, columns = (n // 2 for n in image.shape)
-    half = np.empty((rows, columns), dtype=np.float32)
-    step = max(HALVE_PIXELS // image.shape[1], 1)
-    for first in range(0, rows, step):
-        last = min(first + step, rows)
-        padded = np.full((2 * (last - first) + 2, image.shape[1] + 2), np.nan, dtype=np.float32)
-        top, bottom = max(2 * first - 1, 0), min(2 * last + 1, image.shape[0])
-        padded[top - 2 * first + 1 : bottom - 2 * first + 1, 1:-1] = image[top:bottom]
-        half[first:last] = _window_medians(padded)
-    return half
-
-
-def _window_medians(padded: Floats) -> Floats:
-    """Medians of the 4 x 4 windows, two pixels apart, of an image."""
-    quad = _sort4(padded[::2, ::2], padded[::2, 1::2], padded[1::2, ::2], padded[1::2, 1::2])
-    pair = _merge4([q[:, :-1] for q in quad], [q[:, 1:] for q in quad])
-    upper, lower = [p[:-1] for p in pair], [p[1:] for p in pair]
-    low: Floats = np.minimum(upper[0], lower[7])
-    high: Floats = np.maximum(upper[0], lower[7])
-    for k in range(1, 8):  # the eight lowest and the eight highest of both: bitonic halves
-        np.maximum(low, np.minimum(upper[k], lower[7 - k]), out=low)
-        np.minimum(high, np.maximum(upper[k], lower[7 - k]), out=high)
-    middle: Floats = np.asarray((low + high) / 2, dtype=np.float32)
-    row, column = np.nonzero(np.isnan(middle))
-    if row.size:
-        at = 2 * row * padded.shape[1] + 2 * column
-        offsets = np.add.outer(np.arange(4) * padded.shape[1], np.arange(4)).reshape(16, 1)
-        few = padded.reshape(-1)[at + offsets]
-        middle[row, column] = _few_medians(few)
-    return middle
-
-
-def _few_medians(values: Floats) -> Floats:
-    """Medians along the first axis, which is 16 long; NaN is left out."""
-    missing = np.isnan(values)
-    count = 16 - np.add.reduce(missing.view(np.uint8), axis=0)
-    values[missing] = np.inf
-    a, b, c, d = (_sort4(*values[k : k + 4]) for k in (0, 4, 8, 12))
-    first, second = _merge4(a, b), _merge4(c, d)
-    # The eight lowest: both middles of up to 15 values are among them.
-    lowest = [np.minimum(first[k], second[7 - k]) for k in range(8)]
-    halves = [(np.minimum(lowest[k], lowest[k + 4]), np.maximum(lowest[k], lowest[k + 4])) for k in range(4)]
-    ordered = np.stack(
-        [value for half in (0, 1) for value in _merge_bitonic([pair[half] for pair in halves])]
-    )
-    column = np.arange(values.shape[1])
-    low, high = np.maximum(count.astype(np.intp) - 1, 0) // 2, count.astype(np.intp) // 2
-    middle: Floats = (ordered[low, column] + ordered[high, column]) / 2
-    middle[count == 0] = np.nan
-    return middle
-
-
-def _sort4(a: Floats, b: Floats, c: Floats, d: Floats) -> list[Floats]:
-    """Four images in order, pixel by pixel."""
-    a, b = np.minimum(a, b), np.maximum(a, b)
-    c, d = np.minimum(c, d), np.maximum(c, d)
-    lowest, second = np.minimum(a, c), np.maximum(a, c)
-    third, highest = np.minimum(b, d), np.maximum(b, d)
-    return [lowest, np.minimum(second, third), np.maximum(second, third), highest]
-
-
-def _merge4(a: list[Floats], b: list[Floats]) -> list[Floats]:
-    """Two lists of four images in order merged into one of eight."""
-    low = [np.minimum(a[k], b[3 - k]) for k in range(4)]
-    high = [np.maximum(a[k], b[3 - k]) for k in range(4)]
-    return _merge_bitonic(low) + _merge_bitonic(high)
-
-
-def _merge_bitonic(four: list[Floats]) -> list[Floats]:
-    """Order four images that rise and then fall, or are a rotation of such, pixel by pixel."""
-    p, q = np.minimum(four[0], four[2]), np.maximum(four[0], four[2])
-    r, s = np.minimum(four[1], four[3]), np.maximum(four[1], four[3])
-    return [np.minimum(p, r), np.maximum(p, r), np.minimum(q, s), np.maximum(q, s)]
+        image *= plan.gain[: nx * plan.size]
+    return reduce_rolling(image, plan.halvings)
 
 
 def _sparse(flux: Floats, plan: Plan) -> Floats:
@@ -629,9 +560,7 @@ def median_variance(count: npt.ArrayLike) -> npt.NDArray[np.float64]:
     return np.select([n == 0, n == 1, n == 2], [np.nan, 1.0, 0.5], variance)
 
 
-def _error_factor(
-    valid: npt.NDArray[np.bool_], counts: npt.NDArray[np.intp], size: int, statistic: str
-) -> Floats:
+def _error_factor(counts: npt.NDArray[np.intp], statistic: str) -> Floats:
     """Give the standard error of a statistic for pixels of unit variance."""
     n = np.where(counts > 0, counts, np.nan)
     if statistic == "sparse":
@@ -640,8 +569,6 @@ def _error_factor(
         factor = 1 / np.sqrt(n)
     elif statistic == "clipped":
         factor = np.sqrt(CLIPPED_VARIANCE / n)
-    elif statistic == "rolling":
-        factor = _rolling_factor(valid, size)
     else:
         factor = np.sqrt(median_variance(counts))
     return factor.astype(np.float32)
@@ -649,30 +576,6 @@ def _error_factor(
 
 CLIPPED_VARIANCE: Final = 1.02
 """Variance of the mean of n normal values clipped at 3 sigma of the quartiles, times n; by simulation."""
-
-
-def _rolling_factor(valid: npt.NDArray[np.bool_], size: int) -> npt.NDArray[np.float64]:
-    """Give the standard error of `rolling`: shape from counts, scale from noise put through the kernel.
-
-    A bin's value draws on windows that reach beyond it, so the pixels that matter are counted with the
-    same overlapping windows; one number then scales their inverse root to the spread that eight images of
-    pure noise show over all bins, which holds it to half a per cent on a full CCD.
-    """
-    ny, nx = (n // size for n in valid.shape)
-    weight = valid[: ny * size, : nx * size].astype(np.float64)
-    steps = size.bit_length() - 1
-    for _ in range(steps):
-        weight = _overlapping(weight) / 16
-    n = np.where(weight > 0, weight * size**2, np.nan)
-    random = np.random.default_rng(0)
-    spread = []
-    for _ in range(8):
-        image = random.standard_normal((ny * size, nx * size), dtype=np.float32)
-        image[~valid[: ny * size, : nx * size]] = np.nan
-        for _ in range(steps):
-            image = _halve(image)
-        spread.append(np.nanmean(np.square(image) * n))
-    return np.asarray(np.sqrt(np.mean(spread) / n))
 
 
 class Filling:

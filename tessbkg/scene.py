@@ -17,7 +17,6 @@ from scipy import ndimage
 
 from tessbkg.ccd import STRAP_COLUMNS
 from tessbkg.motion import (
-    TERMS,
     displacement,
     distance_of,
     expand,
@@ -42,9 +41,6 @@ CLIP_SIGMA: Final = 4.0
 EXCESS_SIGMA: Final = 4.0
 """Scatter between dark frames counts as more than noise from this many sigmas on."""
 
-STAR_LEVEL: Final = 100.0
-"""Pixels this far above the sky, electron s-1, do not count when the light of dark frames is measured."""
-
 SAME_LEVEL: Final = 0.01
 """Dark frames as dark as the darkest to within this, electron s-1, together are the zero of the light."""
 
@@ -62,8 +58,9 @@ STRAP_REFERENCE: Final = 4
 STRAP_ROWS: Final = 64
 """Rows of a block of which a strap's response is measured once."""
 
-STRAP_SLOPE: Final = 20.0
-"""Pixels where the scene is steeper, electron s-1 per pixel, do not tell: stars move."""
+STEEP: Final = 20.0
+"""Where the scene is steeper, electron s-1 per pixel, pixels do not tell the light of dark frames, nor the
+response of straps: stars move."""
 
 STRAP_LIGHT: Final = 1.0
 """Light, electron s-1, below which a block of rows does not tell a response."""
@@ -228,7 +225,7 @@ def make_scene(
     if dark.ndim != 3 or len(dark) == 0:
         raise ValueError(f"dark has shape {dark.shape}: one frame or more of (rows, columns) are needed")
     options = options or MaskOptions()
-    used = _remove_light(dark) if len(dark) > 1 else np.ones(1, dtype=bool)
+    used = _remove_light(dark, noise) if len(dark) > 1 else np.ones(1, dtype=bool)
     if len(dark_frames) == len(dark):
         dark_frames = tuple(name for name, kept in zip(dark_frames, used, strict=True) if kept)
     frames = [frame for frame, kept in zip(dark, used, strict=True) if kept]
@@ -257,7 +254,7 @@ def with_response(
     if not len(bright) or options.straps or scene.terms is None:
         return scene
     columns = _strap_columns(scene.flux.shape[1], first_column, options.strap_dilation)
-    steep = np.hypot(scene.terms[0], scene.terms[1]) > STRAP_SLOPE
+    steep = np.hypot(scene.terms[0], scene.terms[1]) > STEEP
     response = strap_response(bright, scene.flux, steep | (scene.mask != 0), columns)
     return replace(scene, response=response)
 
@@ -271,7 +268,7 @@ def _combine_moving(frames: list[Floats], noise: tuple[float, float]) -> tuple[F
     terms = scene_terms(flux)
     if len(frames) < 3:
         return flux, error, terms
-    y, x = place(np.arange(shape[0]), shape[0])[:, None], place(np.arange(shape[1]), shape[1])
+    y, x = _places(shape)
     for turn in range(2):
         tracers = prepare_motion(flux, terms, noise)
         if not tracers.pixel.size:
@@ -327,20 +324,37 @@ def _refine(
     return change
 
 
+def _places(shape: tuple[int, ...]) -> tuple[Floats, Floats]:
+    """Places of the rows and of the columns of an image, from -1 to 1."""
+    return place(np.arange(shape[0]), shape[0])[:, None], place(np.arange(shape[1]), shape[1])
+
+
 def _strips(rows: int) -> list[slice]:
     return [slice(first, min(first + STRIP_ROWS, rows)) for first in range(0, rows, STRIP_ROWS)]
 
 
-def _remove_light(dark: Floats) -> npt.NDArray[np.bool_]:
+def _remove_light(dark: Floats, noise: tuple[float, float]) -> npt.NDArray[np.bool_]:
     """Take the smooth light of each dark frame away, down to that of the darkest; which frames to use."""
     reference = np.empty(dark.shape[1:], dtype=np.float32)
     for rows in _strips(dark.shape[1]):
         reference[rows] = _middle(np.sort(dark[:, rows], axis=0))
     size = min(LIGHT_BIN, *dark.shape[1:])
-    star = reference - local_sky(reference) > STAR_LEVEL
-    still = np.broadcast_to(np.float32(0), (TERMS, *reference.shape))  # medians need no motion
-    plan = plan_reduction(reference, star, bin=size, statistic="median", terms=still)
-    maps = [ndimage.gaussian_filter(reduce_frame(frame, plan)[0], 1.0) for frame in dark]
+    terms = scene_terms(reference)
+    steep = np.hypot(terms[0], terms[1]) > STEEP
+    # Not the median: pixels whose reference is the frame's own would hold it at zero.
+    still = np.broadcast_to(np.float32(0), terms.shape)
+    plan = plan_reduction(reference, steep, bin=size, statistic="clipped", terms=still)
+    tracers = prepare_motion(reference, terms, noise)
+    y, x = _places(reference.shape)
+    row, column = (k // size for k in np.divmod(tracers.pixel, dark.shape[2]))
+    maps = []
+    for frame in dark:
+        light_map = reduce_frame(frame, plan)[0]
+        at = np.minimum(row, len(light_map) - 1), np.minimum(column, light_map.shape[1] - 1)
+        motion = tracers.fit(frame, light_map[at], noise)
+        if motion.any():
+            light_map = reduce_frame(frame - expand(motion, terms, y, x), plan)[0]
+        maps.append(ndimage.gaussian_filter(light_map, 1.0))
     light: Floats = np.stack(maps).astype(np.float32)
     usable = np.asarray(np.isfinite(light).all(axis=(1, 2)))
     if not usable.any():

@@ -21,7 +21,6 @@ from functools import lru_cache
 from importlib import resources
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-import fsspec
 import numpy as np
 import numpy.typing as npt
 import xarray as xr
@@ -30,6 +29,7 @@ from scipy.ndimage import gaussian_filter  # type: ignore[import-untyped,unused-
 
 from tessbkg.ccd import CCD, INDEX_EPOCH, LIVE_FRACTION, SCIENCE_SHAPE, STRAP_COLUMNS, Quality
 from tessbkg.ephemeris import lines_of_sight, nominal_pointing, tess_position
+from tessbkg.storage import check_options, filesystem
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -1130,8 +1130,8 @@ def simulate(
         sector, camera, ccd, frames, start, cadence, step, shape, seed, _model(kind), pointing, orbit
     )
     chosen = _faults(faults, frames)
-    options = dict(storage_options or {})
-    fs, root = fsspec.core.url_to_fs(url, **options)
+    options = check_options(storage_options)
+    fs, root = filesystem(url, options)
     local = "file" in np.atleast_1d(fs.protocol)
     truth_url = f"{root if local else url.rstrip('/')}/truth/{CCD(sector, camera, ccd).group}.zarr"
     zarr_options = None if local else options

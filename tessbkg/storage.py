@@ -305,7 +305,7 @@ def read_error(key: str, error: BaseException, attempts: int = 1) -> FFIReadErro
         raise error
     if isinstance(error, FFIReadError):
         return error
-    if isinstance(error, FileNotFoundError):
+    if isinstance(error, FileNotFoundError | NotADirectoryError):
         return FFIMissingError(key, "not found")
     if isinstance(error, PermissionError):
         return FFIReadError(key, "access denied")

@@ -36,7 +36,7 @@ import os
 import re
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import dask.array as da
@@ -93,8 +93,21 @@ class Group:
 
     @classmethod
     def of(cls, url: str, ccd: CCD, options: Options | None) -> Group:
-        """Make the group of a CCD."""
-        return cls(str(url).rstrip("/"), ccd.group, freeze(check_options(options, "store_options")))
+        """Make the group of a CCD; see :meth:`root`."""
+        return replace(cls.root(url, options), path=ccd.group)
+
+    @classmethod
+    def root(cls, url: str, options: Options | None) -> Group:
+        """Make the group that holds all others.
+
+        Raises
+        ------
+        ValueError
+            If nothing can open the URL, or it or the options hold credentials.
+        """
+        url = str(url).rstrip("/")
+        filesystem(url, check_options(options, "store_options"))
+        return cls(url, "", freeze(dict(options or {})))
 
     @property
     def store_options(self) -> dict[str, Any]:
@@ -104,7 +117,7 @@ class Group:
     @property
     def name(self) -> str:
         """Store and path in one."""
-        return join(self.url, self.path)
+        return join(self.url, self.path).rstrip("/")
 
     def store(self, *, read_only: bool = False) -> Any:
         """Open the Zarr store."""
@@ -159,7 +172,8 @@ def store_errors(group: Group, verb: str = "write") -> Iterator[None]:
     except PermissionError as error:
         raise StoreError(f"{group.url}: cannot {verb}: permission denied: {_line(error)}") from error
     except FileNotFoundError as error:
-        reason = f"not found (does the bucket exist?): {_line(error)}"
+        hint = " (does the bucket exist?)" if "://" in group.url else ""
+        reason = f"not found{hint}: {_line(error)}"
         raise StoreError(f"{group.url}: cannot {verb}: {reason}") from error
     except OSError as error:
         raise StoreError(f"{group.url}: cannot {verb}: {_line(error)}") from error
@@ -237,23 +251,37 @@ def create_group(group: Group, fields: Mapping[str, Any], *, overwrite: bool = F
     StoreMismatchError
         If the group was made with other fields; the message names them.
     StoreError
-        If the store cannot be written.
+        If the store cannot be written, or the group has lost its attributes.
     """
     with store_errors(group):
+        found = None
         if overwrite:
             _check_ours(group)
+        elif (found := read_fields(group)) is None:
+            _check_whole(group)
+        parts = group.path.split("/")
+        for depth in range(len(parts)):
+            _make_group(group, "/".join(parts[:depth]), {})
+        if overwrite:
             delete_group(group)
-        found = read_fields(group)
         if found is None:
-            parts = group.path.split("/")
-            for depth in range(len(parts)):
-                _make_group(group, "/".join(parts[:depth]), {})
             # Text, because NetCDF knows no nested attributes.
             _make_group(group, group.path, {"layout": LAYOUT, "fields": json.dumps(fields)})
             found = read_fields(group)  # another process may have been quicker
             assert found is not None
     check_fields(group, found, fields)
     return found
+
+
+def _check_whole(group: Group) -> None:
+    """Refuse to go on with what was made of nobody knows what.
+
+    Raises
+    ------
+    StoreError
+    """
+    if marker(group.child("survey"), "complete") and read_fields(group) is None:
+        raise StoreError(f"{group.name} has lost its zarr.json, or its deletion was cut off; overwrite it")
 
 
 def _make_group(group: Group, path: str, attributes: Mapping[str, Any]) -> None:
@@ -305,11 +333,13 @@ def check_fields(group: Group, attrs: Mapping[str, Any], fields: Mapping[str, An
 
 
 def delete_group(group: Group) -> None:
-    """Delete a group with everything in it."""
+    """Delete a group with everything in it, first what makes the rest look written: this may be cut off."""
     fs, path = filesystem(group.url, group.store_options)
-    with contextlib.suppress(FileNotFoundError):
-        fs.rm(join(path, group.path), recursive=True)
-    fs.invalidate_cache()
+    if list_objects(group):
+        for part in ("frame_status/c", "zarr.json", ""):
+            with contextlib.suppress(FileNotFoundError):
+                fs.rm(join(path, group.path, part).rstrip("/"), recursive=True)
+            fs.invalidate_cache()
 
 
 def _attributes(group: Group) -> dict[str, Any]:
@@ -590,13 +620,16 @@ def list_objects(group: Group) -> dict[str, int]:
     }
 
 
-def read_objects(group: Group, names: list[str]) -> dict[str, bytes]:
-    """Read whole objects of a group."""
+def read_objects(group: Group, names: list[str], *, lost: bool = False) -> dict[str, bytes]:
+    """Read whole objects of a group; with `lost` those that are there."""
     fs, root = filesystem(group.url, group.store_options)
     prefix = join(root, group.path).rstrip("/") + "/"
     with store_errors(group, "read"):
-        found: dict[str, bytes] = fs.cat([prefix + name for name in names]) if names else {}
-    return {path.removeprefix(prefix): content for path, content in found.items()}
+        found = fs.cat([prefix + name for name in names], on_error="return") if names else {}
+        for error in [one for one in found.values() if isinstance(one, BaseException)]:
+            if not (lost and isinstance(error, FileNotFoundError)):
+                raise error
+    return {path.removeprefix(prefix): one for path, one in found.items() if isinstance(one, bytes)}
 
 
 def sizes_and_digests(group: Group) -> dict[str, int | str]:
@@ -618,15 +651,17 @@ def groups(url: str, options: Options | None = None) -> list[CCD]:
 
     Raises
     ------
-    StoreError
+    StoreMismatchError
         If there is no store at `url`.
+    StoreError
+        If it cannot be read.
     """
-    with store_errors(Group(url, ""), "read"):
-        store = open_store(url, options, read_only=True)
+    group = Group.root(url, options)
+    with store_errors(group, "read"):
         try:
-            root = zarr.open_group(store, mode="r", zarr_format=3)
+            root = zarr.open_group(group.store(read_only=True), mode="r", zarr_format=3)
         except (FileNotFoundError, NotADirectoryError):
-            raise StoreError(f"{url} is not a Zarr store") from None
+            raise StoreMismatchError(f"{url} is not a Zarr store") from None
         paths = [
             f"{sector}/{camera}/{ccd}"
             for sector, s in root.groups()
@@ -645,13 +680,13 @@ def select(there: list[CCD], store: str, **wanted: int | None) -> list[CCD]:
 
     Raises
     ------
-    StoreError
+    StoreMismatchError
         If there is none; the message names those there are.
     """
     found = [one for one in there if all(n in {None, getattr(one, name)} for name, n in wanted.items())]
     if not found:
         listed = ", ".join(str(one) for one in there) or "none"
-        raise StoreError(f"{store} has no CCD that is asked for; it has {listed}")
+        raise StoreMismatchError(f"{store} has no CCD that is asked for; it has {listed}")
     return found
 
 
@@ -692,11 +727,10 @@ def open_background(
 
     Raises
     ------
-    StoreError
-        If there is no such group, the message naming those there are; if nothing is written of it yet; if it
-        is not binned in time.
     StoreMismatchError
-        If it has another layout.
+        If there is no such group, the message naming those there are; if it is not binned in time.
+    StoreError
+        If nothing is written of it yet; if it has another layout.
     ValueError
         If a number is out of range.
 
@@ -722,11 +756,11 @@ def open_background(
         )
     if attrs is None:
         there = ", ".join(str(one) for one in groups(store, store_options)) or "none"
-        raise StoreError(f"{store} has no {CCD(sector, camera, ccd)}; it has {there}")
+        raise StoreMismatchError(f"{store} has no {CCD(sector, camera, ccd)}; it has {there}")
     if binned:
         group = group.child(BINNED)
         if not marker(group, "complete"):
-            raise StoreError(f"{group.name} is not there: build it with bin_hours=2 or so")
+            raise StoreMismatchError(f"{group.name} is not there: build it with bin_hours=2 or so")
     elif not attrs.get("complete"):
         warnings.warn(f"{group.name} is not finished: build it again to go on", stacklevel=2)
     dataset: xr.Dataset = xr.open_zarr(

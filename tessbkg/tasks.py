@@ -57,7 +57,6 @@ from tessbkg.store import (
     Group,
     dataset_to_table,
     empty_variable,
-    marker,
     open_background,
     read_array,
     read_child,
@@ -124,9 +123,7 @@ def survey_part(job: Job, frames: pd.DataFrame) -> pd.DataFrame:
 
 
 def make_scene_group(job: Job) -> None:
-    """Make the scene of a CCD and write it into the group, unless it is there: a task."""
-    if marker(job.group.child("scene"), "complete"):
-        return
+    """Make the scene of a CCD and write it into the group: a task."""
     survey = read_survey(job)
     dark = choose_dark(survey, job.options.dark_frames)
     noise_frames = choose_noise_frames(survey, dark)

@@ -104,6 +104,7 @@ def assert_losses_are_found(copy, paths):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_every_bit_of_a_shard_a_coordinate_and_the_report_is_found(copy):
     for name in ("frame_status/c/0", "scattered_light/c/0/0/0", "time/c/0", "report/000008/zarr.json"):
         path = copy / "s0001/cam1/ccd4" / name

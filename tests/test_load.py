@@ -66,8 +66,8 @@ def many(ministack, tmp_path, sectors: int, at_once: int) -> None:
     seconds = time.perf_counter() - began
     memory, files = map(max, zip(*seen, strict=True))
     logger.info("%d builds in %.0f s: %.0f MB, %d open files", len(ccds), seconds, memory, files)
-    assert memory < 1500
-    assert files < 1000
+    assert memory < 1000 + 20 * at_once  # each thread has an S3 client of its own
+    assert files < 1000 + 10 * at_once  # and keeps its connections
     assert [sum(report.counts.values()) for report in reports] == [3] * len(ccds)
     began = time.perf_counter()
     assert check(store, store_options=ministack.options()) == []
@@ -91,7 +91,7 @@ def test_sixteen_ccds_are_built_at_once_into_one_store(ministack, tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
 def test_two_hundred_ccds_are_built_at_once_into_one_store(ministack, tmp_path):
-    many(ministack, tmp_path, 13, 16)
+    many(ministack, tmp_path, 13, 208)
 
 
 @pytest.mark.slow

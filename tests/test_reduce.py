@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -232,50 +233,75 @@ def binned_light(sim, i, size):
     return simulate.light(sim, i).reshape(n, size, n, size).mean(axis=(1, 3))
 
 
+@pytest.mark.parametrize("statistic", ["mean", "median", "clipped", "rolling"])
+def test_moved_stars_are_taken_off_and_told_in_the_error(statistic):
+    sim = simulate.Simulation(shape=(512, 512), frames=24, seed=3, model=simulate.KINDS["crowded"])
+    scene = make_scene(frames_of(sim, [0, 1, 2, 3, 13, 14, 15, 16]), NOISE)
+    plan = plan_reduction(
+        scene.flux, scene.mask != 0, bin=8, statistic=statistic, scene_err=scene.error, noise=NOISE,
+        terms=scene.terms,
+    )  # fmt: skip
+    still = replace(plan, motion=replace(plan.motion, pixel=plan.motion.pixel[:0]))
+    [frame] = frames_of(sim, [19])
+    truth = simulate.light(sim, 19).reshape(64, 8, 64, 8).mean(axis=(1, 3))
+    used = plan.n_pixels > 0
+    (value, error), (raw, naive) = reduce_frame(frame, plan), reduce_frame(frame, still)
+    off, before = (value - truth)[used], (raw - truth)[used]
+    assert off.std() < 0.6 * before.std()
+    assert (off / error[used]).std() == pytest.approx(1, abs=0.2)
+    assert (before / naive[used]).std() > 1.5
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "bars", "spread"),
     [
-        # rms of quiet frames at bins of 16 and 8 pixels, electron s-1; the noise alone makes 0.025 and 0.048
-        ("orbit", (0.042, 0.070), 0.1),
-        ("smooth", (0.042, 0.070), 0.1),
-        ("glint", (0.042, 0.070), 0.1),
-        ("moon", (0.042, 0.070), 0.1),
-        ("drift", (0.110, 0.170), 0.15),
-        ("crowded", (0.110, 0.170), 0.15),
+        # rms of `whole` in quiet frames at bins of 16 and 8 pixels, electron s-1 (noise alone: 0.025, 0.048),
+        # and how far the spread of z of all frames is from 1
+        ("orbit", (0.042, 0.070), 0.05),
+        ("smooth", (0.042, 0.070), 0.05),
+        ("glint", (0.042, 0.070), 0.10),
+        ("moon", (0.042, 0.070), 0.10),
+        ("few_dark", (0.070, 0.100), 0.10),
+        ("drift", (0.110, 0.170), 0.20),
+        ("crowded", (0.110, 0.170), 0.18),
     ],
 )
 def test_accuracy_on_simulated_frames(kind, bars, spread):
     """On a seed that no constant was tuned on."""
     sim = simulate.Simulation(frames=24, seed=7, model=simulate.KINDS[kind])
     dark = [0, 1, 2, 3, 4, 13, 14, 15, 16, 18]
-    quiet, bright = [5, 17, 19], [10, 21, 22]
+    quiet, bright = [5, 17, 19], [9, 10, 21, 22]
     if kind == "moon":  # which lights up the first orbit
         dark, quiet = [0, 13, 14, 15, 16, 17, 18, 20], [19]
+    if kind == "few_dark":
+        dark, quiet = [1, 13, 2], [7, 16, 17]
     scene = with_response(make_scene(frames_of(sim, dark), NOISE), frames_of(sim, [11]))
+    frames, truths = frames_of(sim, quiet + bright), [simulate.light(sim, i) for i in quiet + bright]
+    levels = {i: float(simulate.light(sim, i).mean()) for i in dark}
+    # What the darkest frames hold never goes away.
+    zero = np.mean(
+        [simulate.light(sim, i) for i, level in levels.items() if level < min(levels.values()) + 0.01], axis=0
+    )
     for size, bar in zip((16, 8), bars, strict=True):
-        plans = {
-            name: plan_reduction(
+        rms = {}
+        for name in ("whole", "mean", "median", "clipped", "rolling"):
+            plan = plan_reduction(
                 scene.flux, scene.mask != 0, bin=size, statistic=name, scene_err=scene.error, noise=NOISE,
                 terms=scene.terms, response=scene.response, spare=scene.spare,
-            )
-            for name in ("whole", "median")
-        }  # fmt: skip
-        darkest = sorted((binned_light(sim, i, size) for i in dark), key=np.mean)
-        # What the darkest frames hold never goes away.
-        zero = np.mean([light for light in darkest if light.mean() < darkest[0].mean() + 0.01], axis=0)
-        for i in quiet + bright:
-            [frame] = frames_of(sim, [i])
-            truth = binned_light(sim, i, size) - zero
-            rms, z = {}, {}
-            for name, plan in plans.items():
-                value, error = reduce_frame(frame, plan)
-                off, error = (image[plan.n_pixels > 0] for image in (value - truth, error))
-                rms[name], z[name] = np.sqrt(np.mean(off**2)), (off / error).std()
-            if i in quiet:
-                assert rms["whole"] < bar
-            assert rms["whole"] < 0.8 * rms["median"]
-            if kind != "crowded" or i in quiet:  # edges of the light in crowded fields: bars are too small
-                assert z["whole"] == pytest.approx(1, abs=spread)
-            if spread == 0.1:
-                assert z["median"] == pytest.approx(1, abs=0.16)
+            )  # fmt: skip
+            results = [reduce_frame(frame, plan) for frame in frames]
+            value, error = (np.stack(images) for images in zip(*results, strict=True))
+            n = 2048 // size
+            light = np.stack([(t - zero).reshape(n, size, n, size).mean(axis=(1, 3)) for t in truths])
+            judged = (plan.n_pixels > 0) & np.isfinite(value)
+            off = np.where(judged, value - light, 0)
+            rms[name] = np.sqrt(np.mean(off**2, axis=(1, 2)))
+            z = off[judged] / error[judged]
+            assert np.sqrt(np.mean(z**2)) == pytest.approx(1, abs=spread), (name, size)
+            if kind in {"orbit", "smooth", "glint"} and name == "whole":
+                assert np.abs(off[: len(quiet)].mean(axis=(1, 2))).max() < 0.004, size
+        assert rms["whole"][: len(quiet)].max() < bar
+        # `rolling` averages over neighbours, which helps where the light is smooth
+        for name in ("mean", "median", "clipped"):
+            assert (rms["whole"] < rms[name]).all(), (name, size)

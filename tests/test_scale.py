@@ -88,7 +88,7 @@ def test_every_frame_is_read_once(ministack, proxy, sky, tmp_path):
 
     create_group(job.job.group, job.fields)
     counter.clear()
-    survey = jobs._survey_step(job, None, lambda *_: None)
+    survey = jobs._survey_step(job.job, job.frames, None, lambda *_: None)
     assert len(counter.reads("ffic")) == 4 * n  # header, three bands
 
     counter.clear()
@@ -136,7 +136,7 @@ def peak():
 root, store, dark = sys.argv[1], sys.argv[2], int(sys.argv[3])
 plan = planning.plan_build(store, root=root, sector=1, camera=1, ccd=4, dark_frames=dark)
 create_group(plan.job.group, plan.fields)
-survey = jobs._survey_step(plan, None, lambda *_: None)
+survey = jobs._survey_step(plan.job, plan.frames, None, lambda *_: None)
 work.make_scene_group(plan.job)
 scene = peak()
 write_template(plan.job.group, work.make_template(plan.job, survey), plan.job.shard_frames)

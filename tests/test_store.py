@@ -243,6 +243,43 @@ def test_overwrite_deletes_this_group_only():
     assert groups(url) == [CCD(1, 1, 3), ONE]
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_lost_group_above_is_made_again(tmp_path, overwrite):
+    group = new(8, 8, str(tmp_path / "a.zarr"))
+    (tmp_path / "a.zarr/zarr.json").unlink()
+    create_group(group, FIELDS, overwrite=overwrite)
+    assert groups(group.url) == [ONE]
+    assert (marker(group, "template") is None) == overwrite
+
+
+@pytest.mark.parametrize("calls", [1, 2, 3])
+def test_a_deletion_that_is_cut_off_leaves_nothing_that_looks_written(tmp_path, monkeypatch, calls):
+    group = new(8, 8, str(tmp_path / "a.zarr"))
+    write_child(group, "survey", table_to_dataset(pd.DataFrame({"ffi": ["a"]})))
+    write_shard(group, 0, 8, {"light": values(8)[0]}, values(8)[1])
+    assert unwritten_shards(group, 8) == []
+    local, left = fsspec.filesystem("file"), [1] * calls
+    remove = local.rm
+
+    def rm(path, recursive):
+        remove(path, recursive=recursive)
+        left.pop()
+        if not left:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(local, "rm", rm)
+    with pytest.raises(KeyboardInterrupt):
+        create_group(group, FIELDS, overwrite=True)
+    monkeypatch.undo()
+    if calls == 1:
+        assert unwritten_shards(group, 8) == [(0, 8)]
+    if calls == 2:
+        with pytest.raises(StoreError, match="overwrite it"):
+            create_group(group, FIELDS)
+    create_group(group, FIELDS, overwrite=calls != 3)
+    assert read_child(group, "survey") is None
+
+
 def test_foreign_groups_are_left_alone(tmp_path):
     url = str(tmp_path / "a.zarr")
     group = Group.of(url, ONE, None)

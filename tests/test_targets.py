@@ -2,19 +2,23 @@
 
 import contextlib
 import os
+import random
 import shutil
 import subprocess
 import tempfile
+import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 import zarr
-from builds import ARGUMENTS, some
+from builds import ARGUMENTS, REDUCTION, arrays_of, some
 from click.testing import CliRunner
 from frames import CCD1, simulated
-from servers import free_port
+from servers import Fault, free_port
 
 import tessbkg
+from tessbkg.check import check
 from tessbkg.cli import main
 from tessbkg.errors import StoreError
 
@@ -80,6 +84,26 @@ def test_a_full_disk(source, tmp_path, kilobytes):
 
 
 @pytest.mark.slow
+def test_a_full_disk_keeps_the_picture_that_was_there(source, tmp_path):
+    assert build(tmp_path / "s.zarr", source)[0] == 0
+    with mounted(tmp_path / "small", "size=8k") as folder:
+        for command, name in (
+            ("plot", "x.png"),
+            ("animate", "x.gif"),
+            ("report", "x.html"),
+            ("export", "x.npz"),
+        ):
+            (folder / name).write_text("old")
+            ccd = ("--sector", 1, "--camera", 1, "--ccd", 4)
+            code, stderr = run(command, tmp_path / "s.zarr", folder / name, *ccd)
+            assert code == 1
+            assert_one_line(stderr, f"{folder / name}: cannot write: No space left on device")
+            assert [path.name for path in folder.iterdir()] == [name]
+            assert (folder / name).read_text() == "old"
+            (folder / name).unlink()
+
+
+@pytest.mark.slow
 def test_a_full_disk_on_a_cluster(source, tmp_path):
     with mounted(tmp_path / "small", "size=500k") as folder:
         simulated(64, shape=(64, 64), root=str(tmp_path / "more"))
@@ -135,6 +159,28 @@ def test_a_server_that_refuses_writes(source, hadro, ministack):
     store = f"{ministack.bucket()}/s.zarr"
     with pytest.raises(StoreError, match="permission denied"):
         tessbkg.build(store, **CCD1, root=source, store_options=ministack.options(anon=True), dark_frames=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", [Fault("status", status=503), Fault("status", status=500, forward=True)])
+def test_a_server_that_throttles_or_loses_answers_gets_the_whole_store(
+    source, ministack, proxy, tmp_path, fault
+):
+    chance, lock = random.Random(1), threading.Lock()
+
+    def decide(_):
+        with lock:
+            return fault if chance.random() < 0.1 else None
+
+    store, faulty = f"{ministack.bucket()}/s.zarr", proxy(ministack, decide)
+    tessbkg.build(store, **CCD1, root=source, store_options=faulty.options(), **REDUCTION)
+    assert sum(exchange.fault is not None for exchange in faulty.log) > 20
+    assert check(store, store_options=ministack.options()) == []
+    tessbkg.build(str(tmp_path / "s.zarr"), **CCD1, root=source, **REDUCTION)
+    ours, clean = arrays_of(store, options=ministack.options()), arrays_of(str(tmp_path / "s.zarr"))
+    assert ours.keys() == clean.keys()
+    for name, values in clean.items():
+        np.testing.assert_array_equal(ours[name], values, err_msg=name)
 
 
 def test_a_bucket_that_is_not_there(source, ministack):
