@@ -223,9 +223,8 @@ def _orbits(tables: list[tuple[int, npt.NDArray[np.float64]]]) -> Any:
     for sector in {sector for sector, _ in tables}:
         every = np.unique(np.concatenate([time for one, time in tables if one == sector]))
         every = every[np.isfinite(every)]
-        # of a few frames a day, each has a long pause before it
-        pause = max(ORBIT_GAP_DAYS, 1.5 * frame_spacing(every))
-        starts[sector] = every[1:][np.diff(every) > pause]
+        # of thinned frames, each has a long pause before it
+        starts[sector] = every[1:][np.diff(every) > frame_spacing(every) + ORBIT_GAP_DAYS]
     return lambda sector, time: np.searchsorted(starts[sector], time, side="right")
 
 

@@ -293,8 +293,8 @@ def plot_light_curve(ds: xr.Dataset) -> Figure:
     panels: Any = figure.subplots(2 if angles else 1, 1, sharex=True, squeeze=False)[:, 0]
     step = np.median(np.diff(time)) if len(time) > 1 else 1.0
     gaps = np.diff(time)
-    # of a few frames a day, those on both sides of a downlink are far apart as well
-    cuts = np.flatnonzero((gaps > 5 * step) | (gaps > max(1.5 * step, ORBIT_GAP_DAYS))) + 1
+    # of thinned frames, those on both sides of a downlink are only a little farther apart
+    cuts = np.flatnonzero((gaps > 5 * step) | (gaps > step + ORBIT_GAP_DAYS)) + 1
     for part in np.split(np.arange(len(time)), cuts):
         panels[0].fill_between(time[part], low[part], high[part], color="#56b4e9", alpha=0.4, lw=0)
         panels[0].plot(time[part], middle[part], color="#0072b2", lw=1, marker="." if len(part) < 100 else "")
