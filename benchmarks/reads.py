@@ -41,8 +41,8 @@ def make_store(cache: Path, frames: int) -> Path:
     from tessbkg.reduce import median_variance
     from tessbkg.simulate import NOISE_A, NOISE_B
 
-    out = cache / f"reads-{frames}.zarr"
-    if (out / "complete").exists():
+    out, complete = cache / f"reads-{frames}.zarr", cache / f"reads-{frames}.complete"
+    if complete.exists():
         return out
     shutil.rmtree(out, ignore_errors=True)
     root, truth = sky(cache, "smooth", frames, (128, 128))
@@ -58,7 +58,7 @@ def make_store(cache: Path, frames: int) -> Path:
         sigma = np.sqrt((NOISE_A * (block + 100) + NOISE_B) * median_variance(180))
         group["scattered_light"][first:last] = block + sigma * random.standard_normal(block.shape)
         group["scattered_light_err"][first:last] = sigma
-    (out / "complete").touch()
+    complete.touch()
     return out
 
 
