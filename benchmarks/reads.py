@@ -142,9 +142,10 @@ def epochs(bare, store, options):
         from torch.utils.data import DataLoader
 
         dataset, windows = torch_batches(frames, **settings), torch_windows(frames, variables=names)
+        workers = DataLoader(dataset, batch_size=None, num_workers=2, persistent_workers=True)
         calls |= {
             "torch_batches in the process": lambda: through(DataLoader(dataset, batch_size=None)),
-            "torch_batches, 2 workers": lambda: through(DataLoader(dataset, batch_size=None, num_workers=2)),
+            "torch_batches, 2 workers": lambda: through(workers),
             "torch_windows, random order": lambda: through(DataLoader(windows, batch_size=32, shuffle=True)),
         }
     return calls, len(frames)

@@ -102,14 +102,16 @@ class Endpoint(click.ParamType[str]):
 
 
 class OutFile(click.Path):
-    """A file to write: in a folder that is there, with one of some endings."""
+    """A file to write: in a folder that is there, with one of some endings; or a URL, where that may be."""
 
-    def __init__(self, *endings: str) -> None:
+    def __init__(self, *endings: str, urls: bool = False) -> None:
         super().__init__(dir_okay=False, path_type=Path)
-        self.endings = endings
+        self.endings, self.urls = endings, urls
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Check one argument."""
+        if self.urls and "://" in str(value):
+            return str(value)
         path = Path(os.fsdecode(super().convert(value, param, ctx)))
         if self.endings and path.suffix.lower() not in self.endings:
             self.fail(f"{str(path)!r}: the name must end in {' or '.join(self.endings)}", param, ctx)
@@ -833,7 +835,7 @@ def demo_command(*, out: Path, frames: int) -> None:
 
 @main.command("export")
 @which_options
-@click.argument("out", type=OutFile())
+@click.argument("out", type=OutFile(urls=True))
 @binned_option
 @click.option(
     "--format",
@@ -844,7 +846,7 @@ def demo_command(*, out: Path, frames: int) -> None:
 def export_command(
     *,
     store: str,
-    out: Path,
+    out: Path | str,
     format_: str | None,
     binned: bool,
     store_endpoint_url: str | None,
@@ -852,14 +854,17 @@ def export_command(
 ) -> None:
     """Write the light of one CCD as npz, FITS or NetCDF file OUT.
 
+    OUT is a path or a URL.
+
     \b
-    Example:
+    Examples:
       tessbkg export bkg.zarr s1-1-4.fits --sector 1 --camera 1 --ccd 4
+      tessbkg export s3://me/bkg.zarr s3://me/s1-1-4.npz --sector 1 --camera 1 --ccd 4
     """
     from tessbkg.exports import export  # noqa: PLC0415
 
     known = {".npz": "npz", ".fits": "fits", ".nc": "netcdf"}
-    form: Any = format_ or known.get(out.suffix)
+    form: Any = format_ or known.get(Path(out).suffix)
     if form is None:
         raise click.UsageError(
             f"--format is needed: the name {str(out)!r} ends in none of {', '.join(known)}"
@@ -868,6 +873,6 @@ def export_command(
     ds = tessbkg.open_background(
         store, binned=binned, store_options=options, **_only(store, options, **which)
     )
-    with _writing(out) as part:
-        export(ds, part, format=form)
+    with _writing(out) if isinstance(out, Path) else contextlib.nullcontext(out) as part:
+        export(ds, part, format=form, store_options=options)
     click.echo(f"{out}: {form} of {ds.attrs['title']}")
