@@ -288,7 +288,10 @@ def split(
             raise ValueError(f"test names {by} {unknown[0]}: there are {units}")
     inside = np.array([key in chosen for key in keys])
     if inside.all() or not inside.any():
-        raise ValueError(f"one side of the split would be empty: there is only {by} {units}")
+        raise ValueError(
+            f"one side of the split would be empty: there is only {by} {units}; build frames of "
+            "another one, or part the frames with their method select"
+        )
     return frames.select(~inside), frames.select(inside)
 
 
