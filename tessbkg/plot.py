@@ -323,7 +323,7 @@ def plot_light_curve(ds: xr.Dataset) -> Figure:
                     transform=panels[0].get_xaxis_transform(),
                 )
         if panels[0].get_legend_handles_labels()[0]:
-            panels[0].legend(loc="upper left", fontsize=8, framealpha=0.8)
+            panels[0].legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, fontsize=8, frameon=False)
     panels[0].set_yscale("asinh", linear_width=1.0)
     low_end, high_end = panels[0].get_ylim()
     bottom, top = np.arcsinh([low_end, high_end])
