@@ -42,8 +42,8 @@ NOISE: Final = (7.445e-4, 0.0197)
 own."""
 
 CEILING: Final = 4e4
-"""Pixels this far above the scene are saturated, electron s-1: `whole` gives no value of their bins, others no
-value that is itself as large."""
+"""Light, electron s-1, from which on a pixel is saturated: `whole` gives no value of its bin then, and no
+statistic one as large."""
 
 RESPONSE_SHARE: Final = {"median": 0.2, "clipped": 0.2, "rolling": 0.35}
 """Error of what moved stars add to statistics that are no means, as a share of it; measured on simulated
