@@ -1,11 +1,13 @@
 """Reading a finished store: what a picture, a light curve, a training batch and a whole pass take.
 
-The same cube in several layouts of chunks and shards, from
-disk and from S3, ours opened by `tessbkg.open_background` and by bare zarr.
+The same cube in several layouts of chunks and shards, from disk and from S3, ours opened by
+`tessbkg.open_background` and by bare zarr; an epoch of `tessbkg.loader` against bare reads of the same
+shards.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 import tempfile
 from contextlib import ExitStack
@@ -39,8 +41,8 @@ def make_store(cache: Path, frames: int) -> Path:
     from tessbkg.reduce import median_variance
     from tessbkg.simulate import NOISE_A, NOISE_B
 
-    out = cache / f"reads-{frames}.zarr"
-    if (out / "complete").exists():
+    out, complete = cache / f"reads-{frames}.zarr", cache / f"reads-{frames}.complete"
+    if complete.exists():
         return out
     shutil.rmtree(out, ignore_errors=True)
     root, truth = sky(cache, "smooth", frames, (128, 128))
@@ -56,7 +58,7 @@ def make_store(cache: Path, frames: int) -> Path:
         sigma = np.sqrt((NOISE_A * (block + 100) + NOISE_B) * median_variance(180))
         group["scattered_light"][first:last] = block + sigma * random.standard_normal(block.shape)
         group["scattered_light_err"][first:last] = sigma
-    (out / "complete").touch()
+    complete.touch()
     return out
 
 
@@ -114,6 +116,39 @@ def ours(dataset, frames, random):
         "32 consecutive frames": lambda: light[start : start + 32].to_numpy(),
         "whole cube": lambda: light[:].to_numpy(),  # an xarray variable read whole would keep its values
     }
+
+
+def epochs(bare, store, options):
+    """Name to function: all good frames with their maps once, and the number of frames."""
+    from tessbkg.loader import Batches, open_frames, torch_batches, torch_windows
+
+    frames, names = open_frames(store, store_options=options), ("scattered_light", *MAPS)
+    settings = {"variables": names, "batch_size": 32}
+
+    def shards():
+        for first in range(0, bare["time"].shape[0], 64):
+            for name in names:
+                bare[name][first : first + 64]
+
+    def through(batches):
+        assert sum(len(batch["group"]) for batch in batches) == len(frames)
+
+    calls = {
+        "bare zarr, shard after shard": shards,
+        "Batches, in order of time": lambda: through(Batches(frames, shuffle=False, **settings)),
+        "Batches, shuffled": lambda: through(Batches(frames, **settings)),
+    }
+    if importlib.util.find_spec("torch"):
+        from torch.utils.data import DataLoader
+
+        dataset, windows = torch_batches(frames, **settings), torch_windows(frames, variables=names)
+        workers = DataLoader(dataset, batch_size=None, num_workers=2, persistent_workers=True)
+        calls |= {
+            "torch_batches in the process": lambda: through(DataLoader(dataset, batch_size=None)),
+            "torch_batches, 2 workers": lambda: through(workers),
+            "torch_windows, random order": lambda: through(DataLoader(windows, batch_size=32, shuffle=True)),
+        }
+    return calls, len(frames)
 
 
 def run(cache: Path, *, repeats: int, quick: bool, servers_wanted):
@@ -175,6 +210,18 @@ def run(cache: Path, *, repeats: int, quick: bool, servers_wanted):
             opened = measure(opening, repeats=max(2, repeats // 2))["open_background"]
             figures[place] = {f"{a}: {b}": spread(v) for (a, b), v in seconds.items()}
             figures[place]["open_background"] = spread(opened)
+            training, good = epochs(bare, store, options)
+            epoch = measure(training, repeats=max(2, repeats // 2))
+            figures[place] |= {f"epoch: {name}": spread(v) for name, v in epoch.items()}
+            base = median(epoch["bare zarr, shard after shard"])
+            rows = [(name, f"{good / median(v):,.0f}", ratio(base / median(v))) for name, v in epoch.items()]
+            tables.append(
+                table(
+                    f"An epoch of {good:,} frames of 128 x 128 with four angle maps, {place}",
+                    ("", "frames/s", "of bare zarr"),
+                    rows,
+                )
+            )
             kinds = list(dict.fromkeys(what for _, what in calls))
             for title, names, base in (
                 (

@@ -5,8 +5,8 @@
     python benchmarks/run.py --sections kernel,scale --repeats 9
 
 Needs `pip install tessbkg[test] bottleneck photutils scikit-image`, no network but for the first run of the
-sections `build` and `accuracy`, which install tess-backml into an environment of its own (`--prior-python`
-names one that is there). Figures mean something on a machine that does nothing else.
+sections `accuracy`, `build` and `targets`, which install tess-backml into an environment of its own
+(`--prior-python` names one that is there). Figures mean something on a machine that does nothing else.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
 
 from data import environment, write_json
 
-SECTIONS = ("kernel", "accuracy", "build", "reads", "scale", "startup")
+SECTIONS = ("kernel", "accuracy", "build", "reads", "targets", "scale", "startup")
 PRIOR = "tess-backml==0.3.3"
 
 
@@ -97,7 +97,7 @@ def main():
         print(f"{name} ...", flush=True)
         began = time.perf_counter()
         options = {}
-        if name in {"accuracy", "build"}:
+        if name in {"accuracy", "build", "targets"}:
             options["prior"] = prior_python(arguments.cache, arguments.prior_python)
         if name in {"build", "reads"}:
             options["servers_wanted"] = tuple(arguments.servers.split(","))

@@ -1,5 +1,6 @@
 """Draw the figures of the README: `python notebooks/make_figures.py` writes `notebooks/figures/*.png`."""
 
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -9,11 +10,19 @@ import xarray as xr
 from matplotlib.colors import LogNorm
 
 import tessbkg
+from tessbkg.cli import main
 from tessbkg.plot import plot_focal_plane
 from tessbkg.scene import SAME_LEVEL
 from tessbkg.simulate import BLOCK, KINDS, simulate
 
 FIGURES = Path(__file__).parent / "figures"
+
+
+def reduction():
+    """Draw the frame that `tessbkg demo` shows."""
+    with tempfile.TemporaryDirectory() as folder:
+        main(["demo", "--out", folder], standalone_mode=False)
+        shutil.move(f"{folder}/frame.png", FIGURES / "reduction.png")
 
 
 def exposure(sector, time, size=64):
@@ -77,5 +86,6 @@ def accuracy(frame=22, size=16):
 
 if __name__ == "__main__":
     FIGURES.mkdir(exist_ok=True)
+    reduction()
     focal_planes()
     accuracy()

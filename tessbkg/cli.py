@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -102,14 +102,16 @@ class Endpoint(click.ParamType[str]):
 
 
 class OutFile(click.Path):
-    """A file to write: in a folder that is there, with one of some endings."""
+    """A file to write: in a folder that is there, with one of some endings; or a URL, where that may be."""
 
-    def __init__(self, *endings: str) -> None:
+    def __init__(self, *endings: str, urls: bool = False) -> None:
         super().__init__(dir_okay=False, path_type=Path)
-        self.endings = endings
+        self.endings, self.urls = endings, urls
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Check one argument."""
+        if self.urls and "://" in str(value):
+            return str(value)
         path = Path(os.fsdecode(super().convert(value, param, ctx)))
         if self.endings and path.suffix.lower() not in self.endings:
             self.fail(f"{str(path)!r}: the name must end in {' or '.join(self.endings)}", param, ctx)
@@ -183,31 +185,24 @@ def store_options(function: Any) -> Any:
     )(function)
 
 
-def filter_options(function: Any) -> Any:
-    """Add the options that pick CCDs of a store."""
+def which_options(function: Any) -> Any:
+    """Add the argument STORE and the options that pick CCDs of it."""
     for name, high in (("ccd", 4), ("camera", 4), ("sector", 9999)):
         which = f"Only this {name}. [default: all]"
         function = click.option(f"--{name}", type=click.IntRange(1, high), help=which)(function)
-    return function
+    return click.argument("store")(store_options(function))
 
 
-def one_ccd(*endings: str) -> Callable[[Any], Any]:
-    """Add what says which CCD of which store goes into which file."""
+def _only(store: str, store_options: dict[str, Any], **which: int | None) -> dict[str, Any]:
+    """Give the one CCD of a store that the options leave."""
+    from tessbkg.store import groups, select  # noqa: PLC0415 (slow to import)
 
-    def add_to(function: Any) -> Any:
-        for add in (
-            store_options,
-            *(
-                click.option(f"--{name}", type=click.IntRange(1, high), required=True)
-                for name, high in (("ccd", 4), ("camera", 4), ("sector", 9999))
-            ),
-            click.argument("out", type=OutFile(*endings)),
-            click.argument("store"),
-        ):
-            function = add(function)
-        return function
-
-    return add_to
+    found = select(groups(store, store_options), store, **which)
+    if len(found) > 1:
+        raise click.UsageError(
+            f"{store} has {len(found)} such CCDs, {found[0]} to {found[-1]}: give --sector, --camera, --ccd"
+        )
+    return asdict(found[0])
 
 
 binned_option = click.option("--binned", is_flag=True, help="The averages in time (build --bin-hours).")
@@ -499,7 +494,7 @@ def plan_command(**arguments: Any) -> None:
 def build_command(
     *, workers: int | None, scheduler: str | None, overwrite: bool, retry_failed: bool, **arguments: Any
 ) -> None:
-    """Build scattered light of CCDs into the Zarr store OUT, or go on with it.
+    """Build the light of CCDs into the store OUT, or go on with it.
 
     \b
     Examples:
@@ -573,11 +568,11 @@ def _progress(label: str) -> Iterator[Any]:
 
 
 @main.command("info")
-@click.argument("store")
-@filter_options
-@store_options
+@which_options
 def info_command(*, store: str, store_endpoint_url: str | None, **which: Any) -> None:
-    """Say what a store holds: its sectors, cameras and CCDs; of a single CCD, the details.
+    """Say what a store holds: its sectors, cameras and CCDs.
+
+    Of a single CCD, the details.
 
     \b
     Examples:
@@ -590,9 +585,8 @@ def info_command(*, store: str, store_endpoint_url: str | None, **which: Any) ->
 
 
 @main.command("plot")
-@click.argument("store")
+@which_options
 @click.argument("out", type=OutFile(".png", ".pdf", ".svg"))
-@filter_options
 @click.option(
     "--kind",
     type=click.Choice(["level", "frame", "focal-plane"]),
@@ -602,26 +596,23 @@ def info_command(*, store: str, store_endpoint_url: str | None, **which: Any) ->
 )
 @click.option("--frame", type=click.IntRange(0), help="Number of the frame. [default: the brightest]")
 @click.option("--variable", help="Of the focal plane. [default: scattered_light]")
-@store_options
 def plot_command(
     *, store: str, out: Path, kind: str, store_endpoint_url: str | None, variable: str | None, **which: Any
 ) -> None:
-    """Draw a picture of a CCD, or of all CCDs of a sector, into OUT: .png, .pdf, .svg.
+    """Draw light over time, a frame, or the focal plane into OUT.
+
+    OUT ends in .png, .pdf or .svg. Where the store has several CCDs, say which.
 
     \b
     Examples:
-      tessbkg plot bkg.zarr light.png --sector 1 --camera 1 --ccd 4
-      tessbkg plot bkg.zarr frame.png --sector 1 --camera 1 --ccd 4 --kind frame
-      tessbkg plot bkg.zarr sky.png --sector 1 --kind focal-plane --variable earth_angle
+      tessbkg plot bkg.zarr light.png
+      tessbkg plot bkg.zarr frame.png --kind frame --sector 1 --camera 1 --ccd 4
+      tessbkg plot bkg.zarr sky.png --kind focal-plane --variable earth_angle --sector 1
     """
     from tessbkg.page import draw_focal_plane, draw_frame  # noqa: PLC0415
     from tessbkg.plot import plot_light_curve  # noqa: PLC0415
 
     options, frame = _storage(store_endpoint_url, None), which.pop("frame")
-    needed = ("sector",) if kind == "focal-plane" else tuple(which)
-    for name in needed:
-        if which[name] is None:
-            raise click.UsageError(f"--{name} is needed with --kind {kind}")
     if variable and kind != "focal-plane":
         raise click.UsageError("--variable goes with --kind focal-plane only")
     if frame is not None and kind == "level":
@@ -630,39 +621,54 @@ def plot_command(
         shown = variable or "scattered_light"
         figure = draw_focal_plane(store, shown, frame=frame, store_options=options, **which)
     elif kind == "frame":
-        figure = draw_frame(store, frame=frame, store_options=options, **which)
+        figure = draw_frame(store, frame=frame, store_options=options, **_only(store, options, **which))
     else:
-        figure = plot_light_curve(tessbkg.open_background(store, store_options=options, **which))
+        figure = plot_light_curve(
+            tessbkg.open_background(store, store_options=options, **_only(store, options, **which))
+        )
     with _writing(out) as part:
         figure.savefig(part)
     click.echo(out)
 
 
 @main.command("animate")
-@one_ccd(".gif", ".html", ".mp4")
+@which_options
+@click.argument("out", type=OutFile(".gif", ".html", ".mp4"))
 @binned_option
 @click.option("--variable", default="scattered_light", show_default=True, help="Any on (time, y, x).")
 @click.option("--fps", default=8, show_default=True, type=click.IntRange(1, 60), help="Frames a second.")
 def animate_command(
-    *, store: str, out: Path, variable: str, fps: int, store_endpoint_url: str | None, **which: Any
+    *,
+    store: str,
+    out: Path,
+    variable: str,
+    fps: int,
+    binned: bool,
+    store_endpoint_url: str | None,
+    **which: Any,
 ) -> None:
-    """Animate the light, its error or an angle of a CCD into OUT: .gif, .html or .mp4.
+    """Animate the light, its error or an angle of a CCD into OUT.
+
+    OUT ends in .gif, .html or .mp4. Where the store has several CCDs, say which.
 
     \b
-    Example:
-      tessbkg animate bkg.zarr light.gif --sector 1 --camera 1 --ccd 4
+    Examples:
+      tessbkg animate bkg.zarr light.gif
+      tessbkg animate bkg.zarr earth.html --variable earth_angle --sector 1 --camera 1 --ccd 4
     """
     from tessbkg.plot import animate  # noqa: PLC0415
 
-    ds = tessbkg.open_background(store, store_options=_storage(store_endpoint_url, None), **which)
+    options = _storage(store_endpoint_url, None)
+    ds = tessbkg.open_background(
+        store, binned=binned, store_options=options, **_only(store, options, **which)
+    )
     with _writing(out) as part:
         animate(ds, part, variable=variable, fps=fps)
     click.echo(out)
 
 
 @main.command("check")
-@click.argument("store")
-@filter_options
+@which_options
 @click.option("--deep", is_flag=True, help="Reduce a sample of frames again from the source and compare.")
 @click.option(
     "--sample", default=8, show_default=True, type=click.IntRange(1), help="Frames a CCD of --deep."
@@ -670,11 +676,12 @@ def animate_command(
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Of the sample.")
 @click.option("--anon/--no-anon", default=None, help="Read the source on S3 without or with credentials.")
 @click.option("--endpoint-url", type=Endpoint(), help="S3 server of the source, if not Amazon's.")
-@store_options
 def check_command(
     *, store: str, endpoint_url: str | None, anon: bool | None, store_endpoint_url: str | None, **what: Any
 ) -> None:
-    r"""Look for what is wrong with STORE: reads every byte of it; exit code 1 and a list if something is.
+    """Read every byte of STORE and list what is wrong.
+
+    The exit code is 1 if something is.
 
     \b
     Example:
@@ -698,9 +705,10 @@ def check_command(
 
 
 @main.command("report")
-@one_ccd()
+@which_options
+@click.argument("out", type=OutFile())
 def report_command(*, store: str, out: Path, store_endpoint_url: str | None, **which: Any) -> None:
-    """Write a page about a built CCD, with pictures, into the HTML file OUT.
+    """Write an HTML page about a built CCD, with pictures, into OUT.
 
     \b
     Example:
@@ -708,7 +716,8 @@ def report_command(*, store: str, out: Path, store_endpoint_url: str | None, **w
     """
     from tessbkg.page import quality_page  # noqa: PLC0415
 
-    page = quality_page(store, store_options=_storage(store_endpoint_url, None), **which)
+    options = _storage(store_endpoint_url, None)
+    page = quality_page(store, store_options=options, **_only(store, options, **which))
     with _writing(out) as part:
         part.write_text(page, encoding="utf-8")
     click.echo(out)
@@ -776,9 +785,13 @@ def simulate_command(
 )
 @click.option("--frames", default=24, show_default=True, type=click.IntRange(4, 200))
 def demo_command(*, out: Path, frames: int) -> None:
-    """Simulate a short run of full-size frames, build its store, compare with the truth, draw pictures.
+    """Simulate frames, build their store, compare with the truth.
 
-    Needs no network, no account and about a minute.
+    Draws pictures, too; needs no network, no account and about a minute.
+
+    \b
+    Example:
+      tessbkg demo --out tessbkg-demo
     """
     import tempfile  # noqa: PLC0415
 
@@ -821,7 +834,8 @@ def demo_command(*, out: Path, frames: int) -> None:
 
 
 @main.command("export")
-@one_ccd()
+@which_options
+@click.argument("out", type=OutFile(urls=True))
 @binned_option
 @click.option(
     "--format",
@@ -830,23 +844,35 @@ def demo_command(*, out: Path, frames: int) -> None:
     help="npz and fits as of tess-backml. [default: as the name of OUT says]",
 )
 def export_command(
-    *, store: str, out: Path, format_: str | None, store_endpoint_url: str | None, **which: Any
+    *,
+    store: str,
+    out: Path | str,
+    format_: str | None,
+    binned: bool,
+    store_endpoint_url: str | None,
+    **which: Any,
 ) -> None:
-    """Write the light of one CCD of STORE to the file OUT in another format.
+    """Write the light of one CCD as npz, FITS or NetCDF file OUT.
+
+    OUT is a path or a URL.
 
     \b
-    Example:
+    Examples:
       tessbkg export bkg.zarr s1-1-4.fits --sector 1 --camera 1 --ccd 4
+      tessbkg export s3://me/bkg.zarr s3://me/s1-1-4.npz --sector 1 --camera 1 --ccd 4
     """
     from tessbkg.exports import export  # noqa: PLC0415
 
     known = {".npz": "npz", ".fits": "fits", ".nc": "netcdf"}
-    form: Any = format_ or known.get(out.suffix)
+    form: Any = format_ or known.get(Path(out).suffix)
     if form is None:
         raise click.UsageError(
             f"--format is needed: the name {str(out)!r} ends in none of {', '.join(known)}"
         )
-    ds = tessbkg.open_background(store, store_options=_storage(store_endpoint_url, None), **which)
-    with _writing(out) as part:
-        export(ds, part, format=form)
+    options = _storage(store_endpoint_url, None)
+    ds = tessbkg.open_background(
+        store, binned=binned, store_options=options, **_only(store, options, **which)
+    )
+    with _writing(out) if isinstance(out, Path) else contextlib.nullcontext(out) as part:
+        export(ds, part, format=form, store_options=options)
     click.echo(f"{out}: {form} of {ds.attrs['title']}")

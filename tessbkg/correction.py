@@ -79,16 +79,18 @@ def correct(
     Parameters
     ----------
     tpf : lightkurve.TargetPixelFile, str, pathlib.Path, astropy.io.fits.HDUList or (t, y, x) array
-        A file is a TESScut cutout or a target pixel file, anywhere fsspec reads. Flux in electron s-1.
+        A file is a TESScut cutout or a target pixel file, anywhere fsspec reads. Flux in electron s-1. An
+        xarray.DataArray with the coordinates `time` (TJD at the spacecraft), `row` and `column`, such as a
+        part of ``open_ffis(...).flux``, says itself where and when it is.
     ds : xarray.Dataset
         Light of the same sector, camera and CCD.
     time : (t,) array_like, optional
-        TJD at the spacecraft, in place of the file's own; needed with an array unless `cadence` is given.
+        TJD at the spacecraft, in place of the file's own; needed with a bare array unless `cadence` is given.
     cadence : (t,) array_like of int, optional
         FFIINDEX of every image, in place of the file's own.
     row, column : int or array_like, optional
         1-based FFI row and column of the first pixel, or of every row and column of the images; needed with
-        an array.
+        a bare array.
     match : {"auto", "cadence", "time"}
         How images find their frames: by FFIINDEX, or by time at the spacecraft. By default by FFIINDEX where
         it is given or the file has such a column (TESScut has none), else by time.
@@ -120,8 +122,7 @@ def correct(
     >>> _ = tessbkg.build("memory://co.zarr", sector=1, camera=1, ccd=4, root="memory://co", dark_frames=2)
     >>> ds = tessbkg.open_background("memory://co.zarr", sector=1, camera=1, ccd=4)
     >>> ffis = tessbkg.open_ffis(sector=1, camera=1, ccd=4, root="memory://co")
-    >>> cutout = ffis.flux[:, 20:31, 30:41].to_numpy()
-    >>> clean = correct(cutout, ds, time=ffis.time, row=21, column=75)
+    >>> clean = correct(ffis.flux[:, 20:31, 30:41], ds)
     >>> clean.flux.shape
     (6, 11, 11)
     """
@@ -266,6 +267,8 @@ def _read(tpf: Any) -> Pixels:
             return _of_hdus(hdus, str(tpf))
     if isinstance(tpf, fits.HDUList):
         return _of_hdus(tpf, "the HDUList")
+    if isinstance(tpf, xr.DataArray) and {"time", "row", "column"} <= set(tpf.coords):
+        return _of_frames(tpf)
     if all(hasattr(tpf, name) for name in ("flux", "time", "row", "column")):
         return _of_lightkurve(tpf)
     flux = np.asarray(tpf)
@@ -276,6 +279,15 @@ def _read(tpf: Any) -> Pixels:
         )
     nothing = np.empty(0)
     return Pixels(flux, None, nothing, nothing, nothing, None, None, None, {})
+
+
+def _of_frames(flux: xr.DataArray) -> Pixels:
+    """Take a part of frames as `open_ffis` has them."""
+    time, row, column = (flux[name].to_numpy().astype(np.float64) for name in ("time", "row", "column"))
+    quality = flux["quality"].to_numpy() if "quality" in flux.coords else None
+    return Pixels(
+        flux.to_numpy(), None, np.atleast_1d(row), np.atleast_1d(column), time, time, None, quality, {}
+    )
 
 
 def _identity(header: Any) -> dict[str, int]:
@@ -367,7 +379,7 @@ def _of_lightkurve(tpf: Any) -> Pixels:
         label,
         time,
         cadence,
-        None if quality is None else np.asarray(quality),
+        None if quality is None else native(np.asarray(quality)),
         _identity(header) or _numbers(tpf),
     )
 

@@ -39,7 +39,7 @@ from datetime import datetime, timedelta
 from functools import cache as memoize
 from importlib import resources
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import Any, Final, Literal, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -50,22 +50,21 @@ __all__ = [
     "Ephemeris",
     "Orbit",
     "TESSVectors",
-    "earth_position",
+    "body_position",
     "horizons_url",
     "lines_of_sight",
-    "moon_position",
     "nominal_camera_frame",
     "open_orbit",
     "parse_horizons",
     "read_tessvectors",
     "spacecraft_axes",
     "subspacecraft_longitude",
-    "sun_position",
     "tess_position",
 ]
 
 Floats = npt.NDArray[np.float64]
 Source = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+Body = Literal["earth", "moon", "sun"]
 
 TJD_ZERO: Final = 2457000.0
 AU_KM: Final = 149597870.7
@@ -637,11 +636,12 @@ def _tessvectors_orbit(path: str) -> Orbit:
 # ------------------------------------------------------------------ Earth, Moon, Sun
 
 
-def earth_position(time: npt.ArrayLike, *, bodies: str = "builtin") -> Floats:
-    """Find the Earth relative to the solar-system barycentre.
+def body_position(body: Body, time: npt.ArrayLike, *, bodies: str = "builtin") -> Floats:
+    """Find the Earth relative to the solar-system barycentre, or the Moon or the Sun relative to the Earth.
 
     Parameters
     ----------
+    body : {"earth", "moon", "sun"}
     time : array_like
         TJD, TDB. NaN gives NaN.
     bodies : str
@@ -652,53 +652,13 @@ def earth_position(time: npt.ArrayLike, *, bodies: str = "builtin") -> Floats:
     (..., 3) float64
         km, ICRF axes.
     """
-    return _solar_system("earth", np.asarray(time, dtype=np.float64), bodies)
-
-
-def moon_position(time: npt.ArrayLike, *, bodies: str = "builtin") -> Floats:
-    """Find the Moon relative to the Earth.
-
-    Parameters
-    ----------
-    time : array_like
-        TJD, TDB. NaN gives NaN.
-    bodies : str
-        Ephemeris, see `Ephemeris`. The builtin one is within 20 km of DE440.
-
-    Returns
-    -------
-    (..., 3) float64
-        km, ICRF axes.
-    """
-    return _solar_system("moon", np.asarray(time, dtype=np.float64), bodies)
-
-
-def sun_position(time: npt.ArrayLike, *, bodies: str = "builtin") -> Floats:
-    """Find the Sun relative to the Earth.
-
-    Parameters
-    ----------
-    time : array_like
-        TJD, TDB. NaN gives NaN.
-    bodies : str
-        Ephemeris, see `Ephemeris`.
-
-    Returns
-    -------
-    (..., 3) float64
-        km, ICRF axes.
-    """
-    return _solar_system("sun", np.asarray(time, dtype=np.float64), bodies)
-
-
-def _solar_system(body: str, time: Floats, bodies: str) -> Floats:
-    """Earth from the barycentre; Moon and Sun from the Earth."""
-    out = np.full((time.size, 3), np.nan)
-    finite = np.isfinite(time.ravel())
-    tjd = time.ravel()[finite]
-    if tjd.size:
-        out[finite] = _builtin(body, tjd) if bodies == "builtin" else _astropy(body, tjd, bodies)
-    return out.reshape(*time.shape, 3)
+    tjd = np.asarray(time, dtype=np.float64)
+    out = np.full((tjd.size, 3), np.nan)
+    finite = np.isfinite(tjd.ravel())
+    if finite.any():
+        known = tjd.ravel()[finite]
+        out[finite] = _builtin(body, known) if bodies == "builtin" else _astropy(body, known, bodies)
+    return out.reshape(*tjd.shape, 3)
 
 
 def _builtin(body: str, tjd: Floats) -> Floats:
@@ -750,16 +710,16 @@ def lines_of_sight(
     observer = np.asarray(tess, dtype=np.float64)
     offsets: dict[str, Callable[[Floats], Floats]] = {
         "earth": lambda t: np.zeros((*t.shape, 3)),
-        "moon": lambda t: moon_position(t, bodies=bodies),
-        "sun": lambda t: sun_position(t, bodies=bodies),
+        "moon": lambda t: body_position("moon", t, bodies=bodies),
+        "sun": lambda t: body_position("sun", t, bodies=bodies),
     }
     sight = {name: offset(tjd) - observer for name, offset in offsets.items()}
     if light_time:
-        here = earth_position(tjd, bodies=bodies) + observer
+        here = body_position("earth", tjd, bodies=bodies) + observer
         for name, offset in offsets.items():
             for _ in range(2):  # 30 km/s against light: the second step is below a metre
                 then = tjd - np.linalg.norm(sight[name], axis=-1) / LIGHT_KM_S / _DAY
-                sight[name] = earth_position(then, bodies=bodies) + offset(then) - here
+                sight[name] = body_position("earth", then, bodies=bodies) + offset(then) - here
     return sight
 
 

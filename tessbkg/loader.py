@@ -16,6 +16,7 @@ For PyTorch see `torch_batches` and `torch_windows`.
 from __future__ import annotations
 
 import copy
+import difflib
 import hashlib
 import json
 import os
@@ -92,7 +93,8 @@ class Frames:
 
     def __repr__(self) -> str:
         orbits = len({(self.ccds[g].sector, o) for g, o in zip(self.group, self.orbit, strict=True)})
-        return f"<Frames: {len(self):,} good frames of {len(self.ccds)} CCDs in {orbits} orbits>"
+        counts = (len(self), "good frame"), (len(self.ccds), "CCD"), (orbits, "orbit")
+        return "<Frames: {} of {} in {}>".format(*(f"{n:,} {of}{'s' * (n != 1)}" for n, of in counts))
 
     def select(self, keep: npt.NDArray[np.bool_]) -> Frames:
         """Keep some frames."""
@@ -157,7 +159,7 @@ def open_frames(
     >>> _ = tessbkg.simulate.simulate("memory://ld", frames=6, step=1, shape=(64, 64))
     >>> _ = tessbkg.build("memory://ld.zarr", sector=1, camera=1, ccd=4, root="memory://ld", dark_frames=2)
     >>> open_frames("memory://ld.zarr")
-    <Frames: 6 good frames of 1 CCDs in 1 orbits>
+    <Frames: 6 good frames of 1 CCD in 1 orbit>
     """
     wanted = None if ccds is None else [one if isinstance(one, CCD) else CCD(*one) for one in ccds]
     found: list[tuple[Group, CCD]] = []
@@ -221,7 +223,8 @@ def _orbits(tables: list[tuple[int, npt.NDArray[np.float64]]]) -> Any:
     for sector in {sector for sector, _ in tables}:
         every = np.unique(np.concatenate([time for one, time in tables if one == sector]))
         every = every[np.isfinite(every)]
-        starts[sector] = every[1:][np.diff(every) > ORBIT_GAP_DAYS]
+        # of thinned frames, each has a long pause before it
+        starts[sector] = every[1:][np.diff(every) > frame_spacing(every) + ORBIT_GAP_DAYS]
     return lambda sector, time: np.searchsorted(starts[sector], time, side="right")
 
 
@@ -314,7 +317,10 @@ def read(group: Group, name: str, first: int, last: int) -> npt.NDArray[Any]:
     try:
         array = _open_array(group, name, os.getpid())
     except FileNotFoundError:
-        raise ValueError(f"{group.name} has no variable {name!r}") from None
+        there = sorted(zarr.open_group(group.store(read_only=True), path=group.path, mode="r").array_keys())
+        close = difflib.get_close_matches(name, there, 1)
+        hint = f": did you mean {close[0]!r}?" if close else f"; it has {', '.join(there)}"
+        raise ValueError(f"{group.name} has no variable {name!r}{hint}") from None
     if array.ndim < 3:
         return _whole(group, name, os.getpid())[first:last]
     return np.asarray(array[first:last])
@@ -517,6 +523,11 @@ class Batches:
         self.worker, self.workers = worker, workers
         self.drop_last = drop_last
         self.stats = stats
+
+    def __repr__(self) -> str:
+        what = f"{len(self):,} of {self.batch_size} windows of {self.window}"
+        where = f"epoch {self.epoch}, seed {self.seed}, rank {self.rank} of {self.world_size}"
+        return f"<Batches: {what}, {', '.join((*self.variables, *self.scalars))}; {where}>"
 
     def order(self) -> Order:
         """Order of the windows of this epoch."""

@@ -77,14 +77,16 @@ def quality_page(
     angles = str(ds.attrs.get("angles", ""))
     if angles.startswith("none"):
         parts.append(f'<p class="note">No angles: {html.escape(angles.removeprefix("none: "))}</p>')
-    parts += ["<h2>Frames</h2>", _counts(status), _bad_frames(read_rows(group, "report"))]
+    parts += [f'<p class="note">{html.escape(str(one))}</p>' for one in ds.attrs.get("warnings", [])]
+    rows = read_rows(group, "report")
+    parts += ["<h2>Frames</h2>", _counts(status), _reading(rows), _bad_frames(rows)]
     if good.any():
-        parts += ["<h2>Light over time</h2>", _picture(plot_light_curve(ds))]
-        parts += [
-            "<h2>Scene, mask and light of the brightest frame</h2>",
-            _picture(_draw_frame(group, ds, None)),
-        ]
-        parts += ["<h2>Maps</h2>", _picture(_maps(ds, good))]
+        for heading, figure in (
+            ("Light over time", plot_light_curve(ds)),
+            ("Scene, mask and light of the brightest frame", _draw_frame(group, ds, None)),
+            ("Maps", _maps(ds, good)),
+        ):
+            parts += [f"<h2>{heading}</h2>", _picture(figure, heading)]
     parts += ["<h2>Parameters</h2>", _parameters(ds)]
     body = "\n".join(parts)
     return (
@@ -172,7 +174,7 @@ def draw_focal_plane(
     store: str,
     variable: str = "scattered_light",
     *,
-    sector: int,
+    sector: int | None = None,
     camera: int | None = None,
     ccd: int | None = None,
     frame: int | None = None,
@@ -186,8 +188,8 @@ def draw_focal_plane(
         Folder or URL.
     variable : str
         Any on (time, y, x).
-    sector, camera, ccd : int
-        Which CCDs; camera and ccd are optional.
+    sector, camera, ccd : int, optional
+        Which CCDs; all must be of one sector.
     frame : int, optional
         Number of the frame of the first CCD, from 0; by default that of its brightest good one.
     store_options : dict, optional
@@ -202,7 +204,7 @@ def draw_focal_plane(
     StoreError
         If there is no such CCD.
     ValueError
-        If the frame or the variable is not there.
+        If the frame or the variable is not there, or the CCDs are of several sectors.
 
     Examples
     --------
@@ -210,14 +212,13 @@ def draw_focal_plane(
     >>> _ = tessbkg.simulate.simulate("memory://plane", frames=4, shape=(64, 64))
     >>> ccd = {"sector": 1, "camera": 1, "ccd": 4}
     >>> _ = tessbkg.build("memory://p.zarr", root="memory://plane", dark_frames=2, **ccd)
-    >>> len(draw_focal_plane("memory://p.zarr", "earth_angle", sector=1).axes)
+    >>> len(draw_focal_plane("memory://p.zarr", "earth_angle").axes)
     2
     """
-    wanted = {"sector": sector, "camera": camera, "ccd": ccd}
-    parts = [
-        open_background(store, **asdict(one), store_options=store_options)
-        for one in select(groups(store, store_options), store, **wanted)
-    ]
+    chosen = select(groups(store, store_options), store, sector=sector, camera=camera, ccd=ccd)
+    if len(sectors := sorted({one.sector for one in chosen})) > 1:
+        raise ValueError(f"sector=None is not enough: {store} has the sectors {sectors}")
+    parts = [open_background(store, **asdict(one), store_options=store_options) for one in chosen]
     three = [str(name) for name, v in parts[0].items() if v.dims == ("time", "y", "x")]
     if variable not in three:
         raise ValueError(f"variable={variable!r} is not among those on (time, y, x): {', '.join(three)}")
@@ -225,7 +226,7 @@ def draw_focal_plane(
     return plot_focal_plane(
         [ds.isel(time=int(np.argmin(np.abs(ds["time"].to_numpy() - time)))) for ds in parts],
         variable,
-        title=f"{variable.replace('_', ' ')}, sector {sector}, TJD {time:.3f}",
+        title=f"{variable.replace('_', ' ')}, sector {sectors[0]}, TJD {time:.3f}",
     )
 
 
@@ -270,6 +271,21 @@ def _counts(status: npt.NDArray[np.uint8]) -> str:
     return _table({s.name.lower().replace("_", " "): f"{n:,}" for s, n in numbers.items()})
 
 
+def _reading(rows: list[dict[str, Any]]) -> str:
+    """Say what was read, and how well neighbouring bins agree."""
+    scatter = [row["scatter"] for row in rows if row["scatter"] is not None]
+    if not scatter:
+        return ""
+    retries = sum(row["retries"] for row in rows)
+    middle, most = np.median(scatter), max(scatter)
+    return _table(
+        {
+            "read": f"{sum(row['nbytes'] for row in rows) / 1e9:,.2f} GB, {retries:,} requests tried again",
+            "noise between neighbouring bins": f"{middle:.2f} of their error bars, at most {most:.2f}",
+        }
+    )
+
+
 def _bad_frames(rows: list[dict[str, Any]]) -> str:
     bad = [row for row in rows if row["status"] not in {FrameStatus.GOOD, FrameStatus.REJECTED}]
     if not bad:
@@ -300,10 +316,11 @@ def _maps(ds: xr.Dataset, good: npt.NDArray[np.bool_]) -> Figure:
     return figure
 
 
-def _picture(figure: Figure) -> str:
+def _picture(figure: Figure, what: str) -> str:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
-    return f'<img alt="" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return f'<img alt="{html.escape(what)}" src="data:image/png;base64,{data}">'
 
 
 def _parameters(ds: xr.Dataset) -> str:

@@ -6,7 +6,9 @@ that are linear near zero and logarithmic far from it: the light spans five deca
 
 from __future__ import annotations
 
+import importlib.util
 import re
+import shutil
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -18,8 +20,10 @@ import xarray as xr
 
 from tessbkg.ccd import Quality
 from tessbkg.ephemeris import camera_from_spacecraft
+from tessbkg.survey import ORBIT_GAP_DAYS
 
 if TYPE_CHECKING:
+    from matplotlib.animation import FuncAnimation
     from matplotlib.figure import Figure
 
     from tessbkg.scene import Scene
@@ -288,7 +292,9 @@ def plot_light_curve(ds: xr.Dataset) -> Figure:
     figure = _figure(12, 6 if angles else 3.6)
     panels: Any = figure.subplots(2 if angles else 1, 1, sharex=True, squeeze=False)[:, 0]
     step = np.median(np.diff(time)) if len(time) > 1 else 1.0
-    cuts = np.flatnonzero(np.diff(time) > 5 * step) + 1
+    gaps = np.diff(time)
+    # of thinned frames, those on both sides of a downlink are only a little farther apart
+    cuts = np.flatnonzero((gaps > 5 * step) | (gaps > step + ORBIT_GAP_DAYS)) + 1
     for part in np.split(np.arange(len(time)), cuts):
         panels[0].fill_between(time[part], low[part], high[part], color="#56b4e9", alpha=0.4, lw=0)
         panels[0].plot(time[part], middle[part], color="#0072b2", lw=1, marker="." if len(part) < 100 else "")
@@ -349,7 +355,8 @@ def animate(
     ds : xarray.Dataset
         With `variable` on (time, y, x). Frames that are not good are left out.
     path : str or Path
-        Ends in `.gif`, `.html` (a page with controls) or `.mp4` (needs the program ffmpeg).
+        Ends in `.gif`, `.html` (a page with controls) or `.mp4` (needs the program ffmpeg, or the package
+        imageio-ffmpeg, which brings it).
     variable : str
     fps : int
         Frames a second.
@@ -370,7 +377,7 @@ def animate(
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     animate(light, f"{folder}/light.gif")
     """
-    from matplotlib.animation import FFMpegWriter, FuncAnimation, PillowWriter  # noqa: PLC0415
+    from matplotlib.animation import FuncAnimation  # noqa: PLC0415 (slow to import)
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
 
     if variable not in ds or ds[variable].dims != ("time", "y", "x"):
@@ -379,6 +386,7 @@ def animate(
     kind = Path(path).suffix.lower()
     if kind not in {".gif", ".html", ".mp4"}:
         raise ValueError(f"path={str(path)!r} must end in .gif, .html or .mp4")
+    program = _ffmpeg() if kind == ".mp4" else ""
     good = (
         np.flatnonzero(ds["frame_status"].to_numpy() == 0)
         if "frame_status" in ds
@@ -420,12 +428,33 @@ def animate(
         figure.draw_without_rendering()
     figure.set_layout_engine("none")  # nothing moves from frame to frame
     animation = FuncAnimation(figure, draw, frames=len(chosen), blit=False)
-    if kind == ".html":
+    _write(animation, Path(path), fps, program)
+
+
+def _write(animation: FuncAnimation, path: Path, fps: int, program: str) -> None:
+    """Write an animation in the way that the name of the file asks for."""
+    import matplotlib as mpl  # noqa: PLC0415 (slow to import)
+    from matplotlib.animation import FFMpegWriter, PillowWriter  # noqa: PLC0415
+
+    if path.suffix.lower() == ".html":
         page = animation.to_jshtml(fps=fps)
         page = re.sub(r'<link rel="stylesheet"[^>]*>', "", page)  # an icon font from the network
         for name, sign in _BUTTONS.items():
             page = page.replace(f'<i class="fa fa-{name}"></i>', sign)
-        Path(path).write_text(page, encoding="utf-8")
+        path.write_text(page, encoding="utf-8")
         return
-    writer = PillowWriter(fps=fps) if kind == ".gif" else FFMpegWriter(fps=fps)
-    animation.save(str(path), writer=writer)
+    with mpl.rc_context({"animation.ffmpeg_path": program}):
+        animation.save(str(path), writer=FFMpegWriter(fps=fps) if program else PillowWriter(fps=fps))
+
+
+def _ffmpeg() -> str:
+    """Find the program ffmpeg."""
+    import matplotlib as mpl  # noqa: PLC0415 (slow to import)
+
+    if found := shutil.which(str(mpl.rcParams["animation.ffmpeg_path"])):
+        return found
+    if importlib.util.find_spec("imageio_ffmpeg"):
+        return str(importlib.import_module("imageio_ffmpeg").get_ffmpeg_exe())
+    raise FileNotFoundError(
+        "MP4 needs the program ffmpeg: install it or `pip install imageio-ffmpeg`, or write .gif or .html"
+    )

@@ -59,6 +59,9 @@ class BatchDataset(IterableDataset[Tensors]):
         self.batches = Batches(frames, rank=rank, world_size=world_size, **options)
         self.workers: int | None = None
 
+    def __repr__(self) -> str:
+        return repr(self.batches).replace("Batches", "BatchDataset", 1)
+
     def set_epoch(self, epoch: int) -> None:
         """Go to the beginning of an epoch."""
         self.batches, self.workers = self.batches.at(epoch=epoch), None
@@ -146,6 +149,9 @@ class WindowDataset(Dataset[Tensors]):
         self.frames, self.window, self.stats = frames, window, stats
         self.starts = frames.windows(window, stride)
         self.names = (*choose_variables(frames, variables), *(s for s in scalars if s != "time"), "time")
+
+    def __repr__(self) -> str:
+        return f"<WindowDataset: {len(self):,} windows of {self.window}, {', '.join(self.names)}>"
 
     def __len__(self) -> int:
         return len(self.starts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import re
 import warnings
 
@@ -59,7 +60,11 @@ def test_help(command):
         text = run(*words, flag).output
         assert "Usage: main" in text
         assert len(text.splitlines()) > 5
-    if command is None:
+        assert "\\b" not in text
+    if command:
+        assert re.search(rf"^  Examples?:\n    tessbkg {command} ", text, re.MULTILINE)
+    else:
+        assert "...\n" not in text.partition("Commands:")[2]  # every command says in one line what it does
         assert {"build", "demo", "info", "list", "plan", "simulate"} <= set(
             re.findall(r"^  (\w+)", text, re.MULTILINE)
         )
@@ -267,6 +272,9 @@ def test_build_of_many_ccds(tmp_path):
     assert [line[: len(begins[0])] for line in lines[3::2]] == begins
     assert all(line.endswith(": 2 good") for line in lines[4::2])
     assert run("info", out, "--ccd", "3").output.count("CCD ") == 1
+    line = refused("plot", out, tmp_path / "x.png", "--sector", "1")
+    assert "has 2 such CCDs, sector 1 camera 1 CCD 1 to sector 1 camera 1 CCD 3: give --sector" in line
+    run("export", out, f"{memory_root()}/x.npz", "--ccd", "3")
     assert "it has sector 1 camera 1 CCD 1, sector" in refused("info", out, "--camera", "2")
 
 
@@ -329,9 +337,9 @@ def test_pictures_and_pages(sky, tmp_path):
     url = str(tmp_path / "a.zarr")
     run("build", url, *ONE, "--root", sky, "--dark-frames", "2", "--bin-hours", "250")
     for words in (
-        ["plot", url, "level.png", *ONE],
+        ["plot", url, "level.png"],
         ["plot", url, "frame.png", *ONE, "--kind", "frame", "--frame", "1"],
-        ["plot", url, "plane.png", "--sector", "1", "--kind", "focal-plane", "--variable", "earth_angle"],
+        ["plot", url, "plane.png", "--kind", "focal-plane", "--variable", "earth_angle"],
         ["animate", url, "light.gif", *ONE],
         ["animate", url, "binned.gif", *ONE, "--binned", "--variable", "moon_angle"],
         ["report", url, "page.html", *ONE],
@@ -340,8 +348,14 @@ def test_pictures_and_pages(sky, tmp_path):
         words[2] = str(tmp_path / words[2])
         assert words[2] in run(*words).output.replace("\n", "")
         assert (tmp_path / words[2]).stat().st_size > 3000
+    page = (tmp_path / "page.html").read_text()
+    assert page.count('<img alt="') == page.count("data:image/png;base64") == 3
+    assert "http" not in page
+    warnings = tessbkg.open_background(url, **CCD1).attrs["warnings"]
+    for part in ("no FITS header", "GB, 0 requests tried again", *warnings):
+        assert html.escape(part) in page
     out = tmp_path / "x.png"
-    assert "--camera is needed with --kind level" in refused("plot", url, out, "--sector", "1")
+    assert "it has sector 1 camera 1 CCD 4" in refused("plot", url, out, "--sector", "2")
     assert "frame=2 is not there or not good" in refused(
         "plot", url, out, *ONE, "--kind", "frame", "--frame", "2"
     )

@@ -189,7 +189,7 @@ def as_lightkurve(hdus, keep):
     )
 
 
-@pytest.mark.parametrize("source", ["file", "memory", "hdus", "lightkurve", "array"])
+@pytest.mark.parametrize("source", ["file", "memory", "hdus", "lightkurve", "array", "frames"])
 def test_every_source_gives_the_stars(source, tmp_path):
     ds = dataset(30)
     hdus = table(ds, frames=slice(2, 20))
@@ -210,15 +210,32 @@ def test_every_source_gives_the_stars(source, tmp_path):
     elif source == "array":
         given = np.array(hdus[1].data["FLUX"])
         more = {"row": 40, "column": 70 + np.arange(4), "time": ds.time[2:20]}
+    elif source == "frames":
+        where = {"row": ("y", 40 + np.arange(5)), "column": ("x", 70 + np.arange(4)), "time": ds.time[2:20]}
+        given = xr.DataArray(np.array(hdus[1].data["FLUX"]), where, ("time", "y", "x"))
     clean = correct(given, ds, **more)
     assert clean.flux.shape == (16 if source == "lightkurve" else 18, 5, 4)
     assert clean.flux.dims == ("time", "y", "x")
     assert np.allclose(clean.flux, 50, atol=1e-3)
     assert (clean.kind == 0).all()
     assert clean.spacecraft_time[0] == pytest.approx(float(ds.time[2]), abs=1e-8)
-    if source != "array":
+    if source not in {"array", "frames"}:
         assert np.allclose(clean.flux_err**2, 1 + clean.scattered_light_err**2)
         assert clean.attrs["sector"] == 1
+
+
+@pytest.mark.filterwarnings("ignore")  # of lightkurve
+def test_lightkurve_itself(tmp_path):
+    lightkurve = pytest.importorskip("lightkurve")
+    ds = dataset(30)
+    hdus = table(ds)
+    hdus[0].header["TELESCOP"] = "TESS"
+    hdus.append(fits.ImageHDU(np.full((5, 4), 3, "i4"), name="APERTURE"))
+    hdus.writeto(tmp_path / "tpf.fits")
+    tpf = lightkurve.TessTargetPixelFile(tmp_path / "tpf.fits", quality_bitmask="none")
+    light = correct(tpf, ds).scattered_light.to_numpy()
+    assert np.allclose((tpf - light).flux.value, 50, atol=1e-3)
+    assert np.array_equal(light, correct(tmp_path / "tpf.fits", ds).scattered_light)
 
 
 def test_a_series_faster_than_the_frames_is_interpolated():

@@ -54,7 +54,7 @@ def test_readme_commands_exist():
     for name in main.commands:
         result = CliRunner().invoke(main, [name, "--help"])
         assert result.exit_code == 0
-        assert "Example" in result.output or name == "demo"
+        assert "Example" in result.output
 
 
 def test_readme_pictures_are_there():

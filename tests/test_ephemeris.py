@@ -14,16 +14,15 @@ import pytest
 from tessbkg import ephemeris
 from tessbkg.ephemeris import (
     Ephemeris,
+    body_position,
     horizons_url,
     lines_of_sight,
-    moon_position,
     nominal_camera_frame,
     open_orbit,
     parse_horizons,
     read_tessvectors,
     spacecraft_axes,
     subspacecraft_longitude,
-    sun_position,
     tess_position,
 )
 from tessbkg.errors import EphemerisRangeError, TessbkgError
@@ -120,7 +119,7 @@ def test_missing_times_and_shapes():
     both = tess_position([np.nan, 1400.0])
     assert np.isnan(both[0]).all()
     np.testing.assert_array_equal(both[1], tess_position(1400.0))
-    assert np.isnan(moon_position([np.nan, 1400.0])[0]).all()
+    assert np.isnan(body_position("moon", [np.nan, 1400.0])[0]).all()
     assert np.isnan(subspacecraft_longitude([np.nan, 1400.0], both)[0])
 
 
@@ -297,9 +296,9 @@ def test_bodies_agree_with_spice(kernel):
     time = np.linspace(1402, 1439, 40)
     spiceypy.furnsh(kernel)
     try:
-        for name, find, limit in ((301, moon_position, 8 * ARCSEC), (10, sun_position, 0.02 * ARCSEC)):
-            truth = [spiceypy.spkgps(name, (t + 5455) * 86400, "J2000", 399)[0] for t in time]
-            assert apart(find(time), np.array(truth)).max() < limit
+        for name, number, limit in (("moon", 301, 8 * ARCSEC), ("sun", 10, 0.02 * ARCSEC)):
+            truth = [spiceypy.spkgps(number, (t + 5455) * 86400, "J2000", 399)[0] for t in time]
+            assert apart(body_position(name, time), np.array(truth)).max() < limit
     finally:
         spiceypy.unload(kernel)
 
@@ -381,7 +380,7 @@ def test_tessvectors_of_sector_1_camera_4(shared):
     inner = tess_position(time, source=shared / "TessVectors_S001_C4_FFI.csv")
     assert np.linalg.norm(inner - tess_position(time), axis=1).max() < 20
     moon = (found.moon - found.earth) @ nominal_camera_frame(1, 4)  # of one file, against the ephemeris
-    assert apart(moon, moon_position(found.time)).max() < 0.005
+    assert apart(moon, body_position("moon", found.time)).max() < 0.005
 
 
 # ---------------------------------------------------------------- Earth, Moon and Sun
@@ -394,11 +393,12 @@ def test_builtin_is_that_of_astropy():
     time = np.linspace(1300, 4000, 50)
     when = Time(2457000.0, time, format="jd", scale="tdb")
     earth = get_body_barycentric("earth", when, ephemeris="builtin")
-    for name, find in (("moon", moon_position), ("sun", sun_position)):
+    for name in ("moon", "sun"):
         vector = (get_body_barycentric(name, when, ephemeris="builtin") - earth).xyz.to_value("km").T
-        assert np.linalg.norm(find(time) - vector, axis=1).max() < 0.02
-        np.testing.assert_allclose(find(time, bodies="BUILTIN"), vector, atol=1e-6)  # through astropy itself
-    np.testing.assert_allclose(ephemeris.earth_position(time), earth.xyz.to_value("km").T, atol=0.01)
+        assert np.linalg.norm(body_position(name, time) - vector, axis=1).max() < 0.02
+        by_astropy = body_position(name, time, bodies="BUILTIN")
+        np.testing.assert_allclose(by_astropy, vector, atol=1e-6)
+    np.testing.assert_allclose(body_position("earth", time), earth.xyz.to_value("km").T, atol=0.01)
 
 
 def test_light_time_moves_earth_and_moon_but_not_the_sun():

@@ -184,6 +184,7 @@ def test_a_missing_folder_is_named(tmp_path):
         export(dataset(), tmp_path / "no" / "out.npz", format="npz")
 
 
+@pytest.mark.filterwarnings("ignore")  # it never closes the file
 def test_the_corrector_of_the_prior_art_opens_our_cube(tmp_path, monkeypatch):
     if importlib.util.find_spec("tess_backml") is None:
         pytest.skip("tess-backml is not installed")

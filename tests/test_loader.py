@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -93,6 +94,7 @@ def seen(batches):
 
 def test_the_index_holds_good_frames_orbits_and_runs(frames):
     assert repr(frames) == "<Frames: 388 good frames of 4 CCDs in 4 orbits>"
+    assert repr(frames.select(np.arange(388) == 0)) == "<Frames: 1 good frame of 4 CCDs in 1 orbit>"
     assert [str(ccd) for ccd in frames.ccds][:2] == ["sector 1 camera 1 CCD 1", "sector 1 camera 1 CCD 2"]
     first = frames.select(frames.group == 0)
     assert set(range(100)) - set(first.frame.tolist()) == {7, 30, 31}
@@ -304,6 +306,34 @@ def test_some_ccds_of_a_store(url, tmp_path):
 def test_wrong_arguments_are_named(frames, options, message):
     with pytest.raises(ValueError, match=message):
         Batches(frames, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [("earth_angel", "'earth_angel': did you mean 'earth_angle'?"), ("xyzzy", "'xyzzy'; it has earth_angle")],
+)
+def test_a_variable_that_is_not_there_is_named(frames, name, hint):
+    with pytest.raises(ValueError, match=re.escape(hint)):
+        next(iter(Batches(frames, variables=(name,))))
+
+
+def test_what_there_is_to_read_is_shown(frames):
+    batches = Batches(frames, batch_size=10, window=2, seed=3, scalars=("earth_distance",))
+    names = ", ".join((*batches.variables, "earth_distance"))
+    where = "epoch 0, seed 3, rank 0 of 1"
+    assert repr(batches) == f"<Batches: {len(batches)} of 10 windows of 2, {names}; {where}>"
+
+
+def test_frames_a_day_apart_are_of_two_orbits(tmp_path):
+    times = 1325 + 1.04 * np.array([0, 1, 2, 3, 4, 5, 7, 8, 9, 10])
+    group = zarr.open_group(tmp_path / "few.zarr", path="s0001/cam1/ccd1", mode="w")
+    for name, values in {
+        "scattered_light": np.zeros((10, 4, 4), "f4"),
+        "time": times,
+        "frame_status": np.zeros(10, "u1"),
+    }.items():
+        group.create_array(name, data=values)
+    assert open_frames(str(tmp_path / "few.zarr")).orbit.tolist() == [0] * 6 + [1] * 4
 
 
 def test_a_store_that_tessbkg_built(tmp_path):

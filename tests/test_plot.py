@@ -1,5 +1,8 @@
 """Pictures are drawn, on data that a user has; what they look like was looked at."""
 
+import importlib.util
+import shutil
+
 import numpy as np
 import pytest
 import xarray as xr
@@ -39,6 +42,12 @@ def test_light_curve_leaves_gaps_empty(light):
     assert {text.get_text() for text in axes[0].get_legend().get_texts()} == {"stray light", "momentum dump"}
 
 
+def test_light_curve_of_a_few_frames_a_day_knows_the_downlink(light):
+    time = np.r_[np.arange(5.0), 7 + np.arange(5.0)]
+    lines = plot_light_curve(light.assign_coords(time=time)).axes[0].lines
+    assert [list(line.get_xdata()) for line in lines[:2]] == [list(time[:5]), list(time[5:])]
+
+
 def test_reduction_has_units_on_every_bar():
     frame = np.random.default_rng(1).normal(100, 1, (64, 64)).astype("f4")
     scene = make_scene(frame[None].copy(), (7e-4, 0.02))
@@ -48,15 +57,21 @@ def test_reduction_has_units_on_every_bar():
     assert sum("e$^-$ s$^{-1}$" in label for label in labels) == 3
 
 
-@pytest.mark.parametrize("kind", ["gif", "html"])
+@pytest.mark.parametrize("kind", ["gif", "html", "mp4"])
 def test_animation_shows_every_good_frame(light, tmp_path, kind):
     from PIL import Image
 
     path = tmp_path / f"light.{kind}"
+    if kind == "mp4" and not (shutil.which("ffmpeg") or importlib.util.find_spec("imageio_ffmpeg")):
+        with pytest.raises(FileNotFoundError, match="pip install imageio-ffmpeg"):
+            animate(light, path)
+        return
     animate(light, path)
     if kind == "gif":
         with Image.open(path) as image:
             assert image.n_frames == 9
+    elif kind == "mp4":
+        assert path.read_bytes()[4:8] == b"ftyp"
     else:
         page = path.read_text()
         assert page.count("data:image/png;base64") >= 9
