@@ -42,7 +42,8 @@ NOISE: Final = (7.445e-4, 0.0197)
 own."""
 
 CEILING: Final = 4e4
-"""Pixels this far above the scene are saturated, electron s-1: `whole` gives no value then."""
+"""Light, electron s-1, from which on a pixel is saturated: `whole` gives no value of its bin then, and no
+statistic one as large."""
 
 RESPONSE_SHARE: Final = {"median": 0.2, "clipped": 0.2, "rolling": 0.35}
 """Error of what moved stars add to statistics that are no means, as a share of it; measured on simulated
@@ -305,7 +306,7 @@ def reduce_frame(flux: Floats, plan: Plan, flux_err: Floats | None = None) -> tu
     -------
     value : (ny, nx) float32, electron s-1
         Scattered light. Bins that no unmasked pixel says anything of are filled from their neighbours; bins
-        that are empty in this frame only are NaN.
+        that are empty in this frame only, or saturated, are NaN.
     error : (ny, nx) float32, electron s-1
         One sigma of `value`: noise of the frame and of the scene, and for `whole` what moved stars and
         interpolating across structure may be off. A filled bin has the error that its neighbours' errors are
@@ -323,6 +324,7 @@ def reduce_frame(flux: Floats, plan: Plan, flux_err: Floats | None = None) -> tu
         (value, moved), *others = reduce_whole(np.ascontiguousarray(flux), plan.whole, plan.motion)
     else:
         value = _statistic(flux, plan)
+        value[value >= CEILING] = np.nan
         moved = _take_motion_off(value, flux, plan)
     if flux_err is None:
         variance = plan.still + plan.rise * np.maximum(value, 0)

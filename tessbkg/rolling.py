@@ -124,12 +124,14 @@ def _halve(padded: Floats, halving: Halving) -> Floats:
         half[chunk] *= np.float32(0.5)
         np.copyto(half[chunk], low, where=halving.lower[chunk])
         np.copyto(half[chunk], high, where=halving.upper[chunk])
-    half.reshape(-1)[halving.single] = np.nan
+    flat = half.reshape(-1)
+    flat[halving.single] = np.nan
     half[:, -1] = 0
-    row, column = np.nonzero(np.isnan(half))
+    single = np.flatnonzero(np.isnan(flat))
+    row, column = np.divmod(single, width)
     at = 2 * (row * padded.shape[1] + column)
     offsets = np.add.outer(np.arange(4) * padded.shape[1], np.arange(4)).reshape(16, 1)
-    half[row, column] = _medians(padded.reshape(-1)[at + offsets])
+    flat[single] = _medians(padded.reshape(-1)[at + offsets])
     return half[:, :-1]
 
 

@@ -183,6 +183,17 @@ def test_saturated_bins_have_no_value():
     assert np.isfinite(np.delete(value.ravel(), 5)).all()
 
 
+@pytest.mark.parametrize("statistic", STATISTICS)
+def test_bins_full_of_saturated_pixels_have_no_value(statistic):
+    flux, mask = random_case(6, (64, 64), 0.1)
+    flux[:40, :40] = 1e5
+    plan = plan_reduction(np.zeros_like(flux), mask, bin=16, statistic=statistic, noise=NOISE)
+    value, error = reduce_frame(flux, plan)
+    assert np.isnan(value[:2, :2]).all()
+    assert np.isnan(error[:2, :2]).all()
+    assert np.isfinite(value[3]).all()
+
+
 @pytest.mark.parametrize("statistic", ["whole", "median"])
 def test_empty_bins_are_filled_smoothly(statistic):
     row, column = np.mgrid[:128, :128]
