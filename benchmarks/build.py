@@ -203,24 +203,37 @@ def run(cache: Path, *, repeats: int, quick: bool, prior: str | None, servers_wa
 
                 clock(source, f"naive xarray + dask, {WORKERS} threads", by_threads)
                 clock(source, f"naive xarray + dask, {WORKERS} workers", by_cluster)
-    return summarise(figures, runs, len(survey), nbytes, limit, old, default)
+    return summarise(figures, runs, len(survey), nbytes)
 
 
-def summarise(figures, runs, n, nbytes, limit, old, default):
+def summarise(figures, runs, n, nbytes):
     """Make tables of ratios. The first round warms everything and is not counted."""
-    seconds = {}  # a frame, of the shards alone
     for source, found in runs.items():
         for name, values in found.items():
             kept = values[1:] if len(values) > 1 and not name.startswith("naive") else values
-            seconds[source, name] = median([one["shards"] for one in kept]) / n
             figures[f"{source}: {name}"] = {
                 part: spread([one[part] for one in kept]) for part in kept[0] if part != "nbytes"
             }
+    return figures, tables(figures, [(source, name) for source in runs for name in runs[source]], n, nbytes)
+
+
+def tables(figures, names, n, nbytes):
+    """Make tables of the figures."""
+    limit = figures["kernel seconds a frame"]
+    old = figures["tess-backml seconds a frame, frames in memory"]
+    seconds = {}  # a frame
+    for source, name in names:
+        one = figures[f"{source}: {name}"]
+        share = WORKERS if name.endswith(f"{WORKERS} workers") else 1
+        seconds[source, name] = (
+            one["frame"]["median"] / share if "frame" in one else one["shards"]["median"] / n
+        )
     slow = old.get("rolling with errors", {}).get("median")
     fixed = old.get("fixed windows with errors", {}).get("median")
     rows = []
     for (source, name), each in seconds.items():
-        whole = figures[f"{source}: {name}"].get("whole")
+        one = figures[f"{source}: {name}"]
+        whole = one.get("whole")
         rows.append(
             (
                 f"{source}: {name}",
@@ -229,6 +242,7 @@ def summarise(figures, runs, n, nbytes, limit, old, default):
                 ratio(seconds[source, "raw bytes, 1 process"] / each),
                 ms(each),
                 f"{nbytes / n / each / 1e6:,.0f}",
+                ms(one["shards"]["median"] / n) if whole else "",
                 f"{whole['median']:.1f}" if whole else "",
             )
         )
@@ -242,6 +256,7 @@ def summarise(figures, runs, n, nbytes, limit, old, default):
                 ms(one["median"]),
                 "",
                 "",
+                "",
             )
         )
     first = table(
@@ -253,17 +268,20 @@ def summarise(figures, runs, n, nbytes, limit, old, default):
             "of the raw byte rate",
             "ms a frame",
             "MB/s",
+            "ms a frame with what comes once",
             "whole build, s",
         ),
         rows,
-        "Rates are of the reduction of the shards, their writing and the angles included; the whole build "
-        "has listing, survey, scene and template too. tess-backml has its frames in memory before its clock "
-        "starts; reads, scene and writing not counted. Servers share the cores with the workers.",
+        "A frame: read, decoded, reduced; the median within the tasks over the number of workers. What comes "
+        "once for each worker (reading and preparing the scene, which counts much in so few frames), writing "
+        "and angles are in the column after; listing, survey, scene and template in that of the whole build. "
+        "tess-backml has its frames in memory before its clock starts; reads, scene and writing not counted. "
+        "Servers share the cores with the workers.",
     )
     limits = []
     figures["of the limit"] = {}
-    for source in runs:
-        for statistic in dict.fromkeys((default, "rolling")):
+    for source in dict.fromkeys(source for source, _ in names):
+        for statistic in limit:
             for who, raw, workers in (
                 ("1 process", "raw bytes, 1 process", 1),
                 (f"{WORKERS} workers", f"raw bytes, {WORKERS} processes", WORKERS),
@@ -292,4 +310,4 @@ def summarise(figures, runs, n, nbytes, limit, old, default):
         "Milliseconds a frame. Kernel: one frame in memory to bins, on as many cores as there are workers. "
         "Where reading and reducing share the cores, their sum is the limit: `of both in turn`.",
     )
-    return figures, [first, second]
+    return [first, second]
