@@ -148,7 +148,7 @@ class Plan:
     fill: Filling
 
 
-def plan_reduction(  # noqa: C901 (one plan, many parts)
+def plan_reduction(  # noqa: C901, PLR0915 (one plan, many parts)
     scene: Floats,
     mask: npt.NDArray[np.bool_],
     *,
@@ -209,6 +209,7 @@ def plan_reduction(  # noqa: C901 (one plan, many parts)
         terms = scene_terms(scene)
     motion = prepare_motion(scene, terms, noise or NOISE)
     moving = np.zeros((TERMS, *counts.shape), dtype=np.float32)
+    blur = np.zeros(counts.shape, dtype=np.float32)
     whole = None
     if statistic in {"whole", "mean"}:
         unit = np.ones(columns, dtype=np.float32)
@@ -244,21 +245,24 @@ def plan_reduction(  # noqa: C901 (one plan, many parts)
         filled = counts == 0
         factor = rolling_factor(inside, halvings) if halvings else _error_factor(counts, statistic)
         moving = np.nan_to_num(np.stack([take(term) for term in terms]))
+        blur = np.sqrt(np.nan_to_num(spread(terms[0] ** 2 + terms[1] ** 2)))
     a, b = noise or (np.nan, np.nan)
-    known = np.zeros_like(scene) if scene_err is None else np.where(np.isfinite(scene_err), scene_err, 0)
+    lopsided = None if statistic in {"whole", "sparse"} else _lopsided(valid, bin, statistic)
     still = spread((a * np.maximum(np.where(valid, scene, 0), 0) + b).astype(np.float32))
     used = [counts]
     if whole is not None and whole.lenient is not None:
         used.append(whole.lenient.n_used)
     fill = Filling(filled)
-    scene_error = np.sqrt(spread(np.square(known)))
+    scene_error = np.zeros(counts.shape, dtype=np.float32)
+    if scene_err is not None:
+        scene_error = np.sqrt(spread(np.square(np.where(np.isfinite(scene_err), scene_err, 0))))
     scene_error[filled] = np.nan
     fill(scene_error)
     plan = Plan(
         size=bin,
         statistic=statistic,
         shape=(counts.shape[0], counts.shape[1]),
-        subtract=np.where(valid, scene, -np.inf).astype(np.float32) if whole is None else whole.scene,
+        subtract=np.where(valid, scene, np.float32(-np.inf)) if whole is None else whole.scene,
         gain=gain,
         n_pixels=counts,
         pixel=pixel,
@@ -270,10 +274,10 @@ def plan_reduction(  # noqa: C901 (one plan, many parts)
         whole=whole,
         halvings=halvings,
         structure=tuple(_structure(statistic, bin, n) for n in used),
-        lopsided=None if statistic in {"whole", "sparse"} else _lopsided(valid, bin, statistic),
+        lopsided=lopsided,
         motion=motion,
         terms=moving,
-        blur=np.sqrt(np.nan_to_num(spread(terms[0] ** 2 + terms[1] ** 2))),
+        blur=blur,
         star_response=None,
         fill=fill,
     )
@@ -388,19 +392,22 @@ def _structure(statistic: str, size: int, used: npt.NDArray[np.intp]) -> Floats:
 def _lopsided(valid: npt.NDArray[np.bool_], size: int, statistic: str) -> Floats:
     """Rows and columns, in bins, by which the pixels that a statistic is of lie off the centres of bins."""
     ny, nx = (n // size for n in valid.shape)
-    there = valid[: ny * size, : nx * size].astype(np.float64)
-    centre = (size - 1) / 2
-    places = np.array(np.meshgrid(np.arange(ny * size), np.arange(nx * size), indexing="ij")) * there
+    off = np.empty((2, ny, nx), dtype=np.float32)
     overlap = statistic == "rolling"
-    for _ in range(size.bit_length() - 1 if overlap else 1):
-        # A window counts as one pixel for the next, whatever it is of.
-        number, *sums = (
-            overlapping(image) if overlap else _block_sums(image, size) for image in (there, *places)
-        )
-        there = (number > 0).astype(np.float64)
-        places = np.array(sums) / np.maximum(number, 1)
-    off = places - np.array(np.meshgrid(np.arange(ny), np.arange(nx), indexing="ij")) * size - centre
-    return np.asarray(np.where(there > 0, off / size, 0), dtype=np.float32)
+    for axis, n in enumerate((ny, nx)):
+        there: npt.NDArray[np.floating] = valid[: ny * size, : nx * size].astype(np.float32)
+        along = (-1, 1) if axis == 0 else (1, -1)
+        place: npt.NDArray[np.floating] = there * np.arange(n * size, dtype=np.float32).reshape(along)
+        for _ in range(size.bit_length() - 1 if overlap else 1):
+            # A window counts as one pixel for the next, whatever it is of.
+            number, total = (
+                overlapping(image) if overlap else _block_sums(image, size) for image in (there, place)
+            )
+            there = (number > 0).astype(np.float64)
+            place = total / np.maximum(number, 1)
+        centre = (np.arange(n) * size + (size - 1) / 2).reshape(along)
+        off[axis] = np.where(there > 0, (place - centre) / size, 0)
+    return off
 
 
 def _block_sums(image: npt.NDArray[np.floating], size: int) -> npt.NDArray[np.float64]:

@@ -333,8 +333,8 @@ def _strips(rows: int) -> list[slice]:
     return [slice(first, min(first + STRIP_ROWS, rows)) for first in range(0, rows, STRIP_ROWS)]
 
 
-def _remove_light(dark: Floats, noise: tuple[float, float]) -> npt.NDArray[np.bool_]:
-    """Take the smooth light of each dark frame away, down to that of the darkest; which frames to use."""
+def _light_maps(dark: Floats, noise: tuple[float, float]) -> Floats:
+    """Measure the smooth light of each dark frame, in bins."""
     reference = np.empty(dark.shape[1:], dtype=np.float32)
     for rows in _strips(dark.shape[1]):
         reference[rows] = _middle(np.sort(dark[:, rows], axis=0))
@@ -346,24 +346,32 @@ def _remove_light(dark: Floats, noise: tuple[float, float]) -> npt.NDArray[np.bo
     plan = plan_reduction(reference, steep, bin=size, statistic="clipped", terms=still)
     tracers = prepare_motion(reference, terms, noise)
     y, x = _places(reference.shape)
+    ny, nx = plan.shape
     row, column = (k // size for k in np.divmod(tracers.pixel, dark.shape[2]))
-    maps = []
+    at = np.minimum(row, ny - 1), np.minimum(column, nx - 1)
+    unmoved, maps = np.empty_like(reference), []
     for frame in dark:
-        light_map = reduce_frame(frame, plan)[0]
-        at = np.minimum(row, len(light_map) - 1), np.minimum(column, light_map.shape[1] - 1)
-        motion = tracers.fit(frame, light_map[at], noise)
+        light = reduce_frame(frame, plan)[0]
+        motion = tracers.fit(frame, light[at], noise)
         if motion.any():
-            light_map = reduce_frame(frame - expand(motion, terms, y, x), plan)[0]
-        maps.append(ndimage.gaussian_filter(light_map, 1.0))
-    light: Floats = np.stack(maps).astype(np.float32)
+            for rows in _strips(len(reference)):
+                np.subtract(frame[rows], expand(motion, terms[:, rows], y[rows], x), out=unmoved[rows])
+            light = reduce_frame(unmoved, plan)[0]
+        maps.append(ndimage.gaussian_filter(light, 1.0))
+    return np.stack(maps).astype(np.float32)
+
+
+def _remove_light(dark: Floats, noise: tuple[float, float]) -> npt.NDArray[np.bool_]:
+    """Take the smooth light of each dark frame away, down to that of the darkest; which frames to use."""
+    light = _light_maps(dark, noise)
     usable = np.asarray(np.isfinite(light).all(axis=(1, 2)))
     if not usable.any():
         return np.ones(len(dark), dtype=bool)
     level = np.where(usable, light.mean(axis=(1, 2)), np.inf)
     light -= light[level <= level.min() + SAME_LEVEL].mean(axis=0)
     rows, columns = (
-        np.clip((np.arange(n) + 0.5) / size - 0.5, 0, m - 1)
-        for n, m in zip(dark.shape[1:], maps[0].shape, strict=True)
+        np.clip((np.arange(n) + 0.5) / min(LIGHT_BIN, *dark.shape[1:]) - 0.5, 0, m - 1)
+        for n, m in zip(dark.shape[1:], light.shape[1:], strict=True)
     )
     for i in np.flatnonzero(usable):
         dark[i] -= _bilinear(light[i], rows, columns)
@@ -448,7 +456,11 @@ def _bilinear(image: Floats, rows: npt.NDArray[np.float64], columns: npt.NDArray
         low = np.minimum(position.astype(np.intp), max(len(values) - 2, 0))
         high = np.minimum(low + 1, len(values) - 1)
         share = (position - low).astype(np.float32)[:, None]
-        return np.asarray(values[low] * (1 - share) + values[high] * share)
+        between, upper = values[low], values[high]
+        between *= 1 - share
+        upper *= share
+        between += upper
+        return between
 
     return along(along(image, rows).T, columns).T
 
@@ -497,10 +509,14 @@ def make_mask(flux: Floats, options: MaskOptions, *, first_column: int = 0) -> n
         Bits of :class:`Mask`.
     """
     bad = ~np.isfinite(flux) | (flux == 0)
-    filled = np.where(bad, np.nanmedian(flux) if not bad.all() else 0, flux).astype(np.float32)
+    filled = flux
+    if bad.any():
+        filled = np.where(bad, np.float32(0 if bad.all() else np.median(flux[~bad])), flux)
     star = filled - local_sky(filled) > options.star_level
-    gradient = np.hypot(*np.gradient(filled)) if min(flux.shape) > 1 else np.zeros_like(filled)
-    star |= gradient > options.star_gradient
+    if min(flux.shape) > 1:
+        steep = np.square(np.gradient(filled, axis=0))
+        steep += np.square(np.gradient(filled, axis=1))
+        star |= steep > options.star_gradient**2
     if options.star_dilation:
         star = ndimage.binary_dilation(star, ndimage.generate_binary_structure(2, 2), options.star_dilation)
     saturated = filled > options.saturation
@@ -521,7 +537,7 @@ def local_sky(flux: Floats, size: int = 32) -> Floats:
     size = min(size, *flux.shape)
     ny, nx = (n // size for n in flux.shape)
     blocks = flux[: ny * size, : nx * size].reshape(ny, size, nx, size).transpose(0, 2, 1, 3)
-    sky = np.percentile(blocks.reshape(ny, nx, -1), 30, axis=2).astype(np.float32)
+    sky = np.percentile(blocks.reshape(ny, nx, -1), 30, axis=2, overwrite_input=True).astype(np.float32)
     sky = ndimage.median_filter(sky, size=3, mode="nearest")
     rows, columns = (
         np.clip((np.arange(n) + 0.5) / size - 0.5, 0, m - 1)

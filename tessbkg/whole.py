@@ -251,12 +251,13 @@ def _interpolation(used: Bools, size: int, gain: Floats) -> tuple[npt.NDArray[np
     rows, columns = used.shape
     ny, nx = rows // size, columns // size
     masked = np.flatnonzero(~used)
-    row, column = np.divmod(masked, columns)
+    # 32 bits: there are millions of entries, and workers are short of memory here.
+    row, column = (axis.astype(np.int32) for axis in np.divmod(masked, columns))
     position = (column, column, row, row)
-    found = [side[~used].astype(np.intp) for side in _nearest(used)]
-    found += [side.T[~used].astype(np.intp) for side in _nearest(used.T)]
+    found = [side[~used].astype(np.int32) for side in _nearest(used)]
+    found += [side.T[~used].astype(np.int32) for side in _nearest(used.T)]
     gap = [
-        np.where(side >= 0, np.abs(side - here), 0).astype(np.float64)
+        np.where(side >= 0, np.abs(side - here), 0).astype(np.float32)
         for side, here in zip(found, position, strict=True)
     ]
     share, squares = [], []
@@ -269,8 +270,8 @@ def _interpolation(used: Bools, size: int, gain: Floats) -> tuple[npt.NDArray[np
                 np.where(both, gap[low] / width, found[high] >= 0),
             ]
             width = np.where(both, width, ONE_SIDED * width)
-            squares.append(np.where(width > 0, 1 / width**2, 0))
-    total = np.maximum(squares[0] + squares[1], 1e-30)
+            squares.append(np.where(width > 0, 1 / width**2, np.float32(0)))
+    total = np.maximum(squares[0] + squares[1], np.float32(1e-30))
     parts = []
     for k in range(4):
         pixel = row * columns + found[k] if k < 2 else found[k] * columns + column
@@ -283,7 +284,7 @@ def _interpolation(used: Bools, size: int, gain: Floats) -> tuple[npt.NDArray[np
     target = np.concatenate([home[k] for k in keep])
     donors, index = np.unique(pixel, return_inverse=True)
     weights = sparse.csr_array(
-        ((weight * gain[pixel % columns] / size**2).astype(np.float32), (target, index.astype(np.int32))),
+        ((weight * (gain / np.float32(size**2))[pixel % columns]), (target, index.astype(np.int32))),
         shape=(ny * nx, len(donors)),
     )
     weights.sum_duplicates()
