@@ -281,7 +281,7 @@ def plan_reduction(  # noqa: C901, PLR0915 (one plan, many parts)
         star_response=None,
         fill=fill,
     )
-    if statistic not in RESPONSE_SHARE or bin < LEAST_MEDIAN or not motion.pixel.size:
+    if statistic not in RESPONSE_SHARE or bin < LEAST_MEDIAN or not motion.pixel.size or filled.all():
         return plan
     measured = measure_response(
         scene,
@@ -312,9 +312,8 @@ def reduce_frame(flux: Floats, plan: Plan, flux_err: Floats | None = None) -> tu
         Scattered light. Bins that no unmasked pixel says anything of are filled from their neighbours; bins
         that are empty in this frame only, or saturated, are NaN.
     error : (ny, nx) float32, electron s-1
-        One sigma of `value`: noise of the frame and of the scene, and for `whole` what moved stars and
-        interpolating across structure may be off. A filled bin has the error that its neighbours' errors are
-        filled with.
+        One sigma of `value`: noise of the frame and of the scene, and what moved stars and structure in the
+        light leave. A filled bin has the error that its neighbours' errors are filled with.
 
     Raises
     ------
@@ -613,14 +612,13 @@ class Filling:
         """Fill one image of shape (ny, nx)."""
         if not self._unknown.size or not self._known.size:
             return
-        flat = image.reshape(-1)
-        values = flat[self._known].astype(np.float64)
+        values = image[~self.empty].astype(np.float64)
         missing = ~np.isfinite(values)
         if missing.all():
             return
         if missing.any():  # bins lost in this frame only must not spread: the mean stands in for them
             values[missing] = values[~missing].mean()
-        flat[self._unknown] = self._solve(-(self._right @ values))
+        image[self.empty] = self._solve(-(self._right @ values))
 
 
 def _differences(ny: int, nx: int) -> sparse.csc_array:

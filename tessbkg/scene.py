@@ -537,7 +537,7 @@ def local_sky(flux: Floats, size: int = 32) -> Floats:
     size = min(size, *flux.shape)
     ny, nx = (n // size for n in flux.shape)
     blocks = flux[: ny * size, : nx * size].reshape(ny, size, nx, size).transpose(0, 2, 1, 3)
-    sky = np.percentile(blocks.reshape(ny, nx, -1), 30, axis=2, overwrite_input=True).astype(np.float32)
+    sky = np.percentile(blocks.reshape(ny, nx, -1), 30, axis=2).astype(np.float32)
     sky = ndimage.median_filter(sky, size=3, mode="nearest")
     rows, columns = (
         np.clip((np.arange(n) + 0.5) / size - 0.5, 0, m - 1)

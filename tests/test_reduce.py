@@ -194,6 +194,17 @@ def test_bins_full_of_saturated_pixels_have_no_value(statistic):
     assert np.isfinite(value[3]).all()
 
 
+@pytest.mark.parametrize("statistic", STATISTICS)
+def test_empty_bins_have_the_value_of_flat_light(statistic):
+    flat = np.full((128, 128), 20, np.float32)
+    mask = np.zeros(flat.shape, bool)
+    mask[32:64, 48:80] = True
+    plan = plan_reduction(np.zeros_like(flat), mask, bin=8, statistic=statistic, noise=NOISE)
+    value, error = reduce_frame(flat, plan)
+    np.testing.assert_allclose(value, 20, atol=1e-3)
+    assert (error > 0).all()
+
+
 @pytest.mark.parametrize("statistic", ["whole", "median"])
 def test_empty_bins_are_filled_smoothly(statistic):
     row, column = np.mgrid[:128, :128]
@@ -237,11 +248,6 @@ def test_error_bars_of_pure_noise(statistic, size):
             assert np.median(by_image / error) == pytest.approx(1, abs=0.03)
     z = np.concatenate(z)
     assert z.std() == pytest.approx(1, abs=0.05 + 1.5 / np.sqrt(len(z)))
-
-
-def binned_light(sim, i, size):
-    n = 2048 // size
-    return simulate.light(sim, i).reshape(n, size, n, size).mean(axis=(1, 3))
 
 
 @pytest.mark.parametrize("statistic", ["mean", "median", "clipped", "rolling"])

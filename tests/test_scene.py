@@ -83,6 +83,13 @@ def test_one_frame_and_frames_with_nan_make_a_scene():
     assert make_scene(frames_of(sim, [0]), NOISE).flux.shape == (128, 128)
 
 
+def test_masks_leave_the_scene_as_it_is():
+    flux = np.random.default_rng(2).normal(100, 1, (64, 32)).astype(np.float32)
+    before = flux.copy()
+    make_mask(flux, MaskOptions())
+    np.testing.assert_array_equal(flux, before)
+
+
 @pytest.mark.slow
 def test_response_of_straps_and_scene_of_full_size():
     sim = simulate.Simulation(frames=24)
