@@ -318,9 +318,9 @@ def measure_response(
 ) -> Response:
     """Put moved scenes, with noise, through a kernel.
 
-    What is added is half the difference of forth and back. Stars that move also are noise to a median: how
-    much more its values scatter between images of noise, over the whole CCD, is shared out among the bins by
-    their slopes.
+    What is added is half the difference of forth and back: what is even in the motion is left. Stars that
+    move also are noise to a median: how much more its values scatter between images of noise, over the whole
+    CCD, is shared out among the bins by their slopes.
 
     Parameters
     ----------
