@@ -1,4 +1,4 @@
-"""The kernel: one frame in, one frame of bins out. NumPy arrays only; no dask, no xarray, no input or output.
+"""The kernel: one frame in, one frame of bins out. Arrays only; no dask, no xarray, no input or output.
 
 What does not change from frame to frame (masks, counts, scene terms of the error, the filling solve) is
 prepared once in a :class:`Plan`; :func:`reduce_frame` then costs little more than one pass over memory.
@@ -89,8 +89,8 @@ class Plan:
     subtract : (rows, columns) float32
         Scene; minus infinity where masked, so that subtracting it sorts masked pixels last, for statistics
         that sort.
-    gain : (columns,) float32 or None
-        What pixels of each column are multiplied by; None if all by 1.
+    gain : (columns,) float32
+        What pixels of each column are multiplied by.
     n_pixels : (ny, nx) int
         Unmasked pixels in each bin.
     pixel : (ny, nx) int
@@ -129,7 +129,7 @@ class Plan:
     statistic: str
     shape: tuple[int, int]
     subtract: Floats
-    gain: Floats | None
+    gain: Floats
     n_pixels: npt.NDArray[np.intp]
     pixel: npt.NDArray[np.intp]
     factor: Floats
@@ -200,9 +200,7 @@ def plan_reduction(  # noqa: C901, PLR0915 (one plan, many parts)
     if statistic == "rolling" and bin & (bin - 1):
         raise ValueError(f"bin={bin} is not allowed with statistic='rolling': it must be a power of two")
     valid = ~mask & np.isfinite(scene)
-    gain = None
-    if response is not None and (response != 1).any():
-        gain = (1 / response).astype(np.float32)
+    gain = np.ones(columns, dtype=np.float32) if response is None else (1 / response).astype(np.float32)
     counts = _blocks(valid, bin).sum(axis=2)
     pixel = _central_pixel(valid, bin)
     if terms is None:
@@ -212,12 +210,11 @@ def plan_reduction(  # noqa: C901, PLR0915 (one plan, many parts)
     blur = np.zeros(counts.shape, dtype=np.float32)
     whole = None
     if statistic in {"whole", "mean"}:
-        unit = np.ones(columns, dtype=np.float32)
         whole = prepare_whole(
             scene,
             valid,
             size=bin,
-            gain=unit if gain is None else gain,
+            gain=gain,
             terms=terms,
             noise=noise or NOISE,
             ceiling=CEILING,
@@ -257,7 +254,7 @@ def plan_reduction(  # noqa: C901, PLR0915 (one plan, many parts)
     if scene_err is not None:
         scene_error = np.sqrt(spread(np.square(np.where(np.isfinite(scene_err), scene_err, 0))))
     scene_error[filled] = np.nan
-    fill(scene_error)
+    fill.errors(scene_error)
     plan = Plan(
         size=bin,
         statistic=statistic,
@@ -322,9 +319,10 @@ def reduce_frame(flux: Floats, plan: Plan, flux_err: Floats | None = None) -> tu
     """
     if flux.shape != plan.subtract.shape:
         raise ValueError(f"frame of shape {flux.shape} does not fit a scene of shape {plan.subtract.shape}")
+    flux = np.ascontiguousarray(flux)
     others: list[tuple[Floats, Floats]] = []
     if plan.statistic == "whole" and plan.whole is not None:
-        (value, moved), *others = reduce_whole(np.ascontiguousarray(flux), plan.whole, plan.motion)
+        (value, moved), *others = reduce_whole(flux, plan.whole, plan.motion)
     else:
         value = _statistic(flux, plan)
         value[value >= CEILING] = np.nan
@@ -333,6 +331,8 @@ def reduce_frame(flux: Floats, plan: Plan, flux_err: Floats | None = None) -> tu
         variance = plan.still + plan.rise * np.maximum(value, 0)
     else:
         variance = _pixel_variance(flux, flux_err, plan) * plan.factor**2
+        # Bins of interpolated pixels only have no pixels to ask.
+        variance = np.where(np.isfinite(variance), variance, plan.still + plan.rise * np.maximum(value, 0))
     with np.errstate(invalid="ignore"):
         variance += np.square(plan.scene_error)
         bend = _bend(value, NOTICED.get(plan.statistic, NOTICED_OTHERS) * (variance + np.square(moved)))
@@ -344,7 +344,7 @@ def reduce_frame(flux: Floats, plan: Plan, flux_err: Floats | None = None) -> tu
         error = np.sqrt(variance + uncertain)
     error[np.isnan(value)] = np.nan
     plan.fill(value)
-    plan.fill(error)
+    plan.fill.errors(error)
     return value, error
 
 
@@ -442,10 +442,10 @@ def _blend(value: Floats, variance: Floats, other: Floats, other_variance: Float
 def _statistic(flux: Floats, plan: Plan) -> Floats:
     if plan.statistic == "sparse":
         return _sparse(flux, plan)
-    if plan.statistic == "rolling":
-        return _rolling(flux, plan)
     if plan.whole is not None:
-        return mean_of_used(np.ascontiguousarray(flux), plan.whole)
+        return mean_of_used(flux, plan.whole)
+    if plan.halvings:
+        return reduce_rolling(flux, plan.subtract, plan.gain, plan.halvings)
     return _blockwise(flux, plan)
 
 
@@ -464,18 +464,17 @@ def _pixel_variance(flux: Floats, flux_err: Floats, plan: Plan) -> Floats:
 
 def _blockwise(flux: Floats, plan: Plan) -> Floats:
     """Statistics of whole bins, one row of bins at a time: the buffer stays in the processor's cache."""
+    from tessbkg.compiled import subtract_pixels  # noqa: PLC0415 (slow to import)
+
     size, (ny, nx) = plan.size, plan.shape
     strip = np.empty((size, nx * size), dtype=np.float32)
     pixels = np.empty((nx, size, size), dtype=np.float32)
     flat = pixels.reshape(nx, size * size)
     value = np.empty(plan.shape, dtype=np.float32)
     statistic = _median if plan.statistic == "median" else _clipped
-    gain = None if plan.gain is None else plan.gain[: nx * size]
     for j in range(ny):
         rows = slice(j * size, (j + 1) * size)
-        np.subtract(flux[rows, : nx * size], plan.subtract[rows, : nx * size], out=strip)
-        if gain is not None:
-            strip *= gain
+        subtract_pixels(flux[rows], plan.subtract[rows], plan.gain, strip)
         pixels[...] = strip.reshape(size, nx, size).transpose(1, 0, 2)
         value[j] = statistic(flat, plan.n_pixels[j])
     return value
@@ -512,22 +511,11 @@ def _clipped(flat: Floats, counts: npt.NDArray[np.intp]) -> Floats:
     return np.where(number > 0, total / np.maximum(number, 1), np.nan).astype(np.float32)
 
 
-def _rolling(flux: Floats, plan: Plan) -> Floats:
-    """Halve the image again and again by medians of 4 x 4 windows that overlap by half."""
-    ny, nx = plan.shape
-    window = np.s_[: ny * plan.size, : nx * plan.size]
-    image = flux[window] - plan.subtract[window]
-    if plan.gain is not None:
-        image *= plan.gain[: nx * plan.size]
-    return reduce_rolling(image, plan.halvings)
-
-
 def _sparse(flux: Floats, plan: Plan) -> Floats:
     """Value of one pixel a bin."""
     index = np.maximum(plan.pixel, 0)
     value: Floats = flux.reshape(-1)[index] - plan.subtract.reshape(-1)[index]
-    if plan.gain is not None:
-        value *= plan.gain[index % flux.shape[1]]
+    value *= plan.gain[index % flux.shape[1]]
     value[~np.isfinite(value)] = np.nan
     return value
 
@@ -619,6 +607,14 @@ class Filling:
         if missing.any():  # bins lost in this frame only must not spread: the mean stands in for them
             values[missing] = values[~missing].mean()
         image[self.empty] = self._solve(-(self._right @ values))
+
+    def errors(self, image: Floats) -> None:
+        """Fill one image of errors: none is less than the least there is."""
+        known = image[~self.empty]
+        known = known[np.isfinite(known)]
+        self(image)
+        if known.size:
+            np.maximum(image, known.min(), out=image)
 
 
 def _differences(ny: int, nx: int) -> sparse.csc_array:

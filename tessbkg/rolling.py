@@ -1,27 +1,23 @@
 """Medians of overlapping windows: the kernel of the statistic `rolling`.
 
 An image is halved again and again by medians of 4 x 4 windows that stand two pixels apart, one pixel beyond
-each edge; masked pixels do not count. Windows share sorted 2 x 2 and 4 x 2 blocks, which networks of minima
-and maxima merge, many at once, on flat arrays: what they make of the ends of rows is not used.
+each edge; masked pixels do not count. :func:`tessbkg.compiled.middle_of_windows` orders all pixels of all
+windows.
 
-A masked pixel is infinite for the network, half of each block's negative, so that the eighth and the ninth of
-sixteen still are the middles of the others. Which are which never changes; the few windows where it does not
-come out, and those with pixels lost in one frame only, are sorted one by one.
+A masked pixel is infinite for it, half of each block's negative, so that the eighth and the ninth of sixteen
+still are the middles of the others. Which are which never changes; the few windows where it does not come
+out, and those with pixels lost in one frame only, are sorted one by one.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
 Floats = npt.NDArray[np.float32]
 Bools = npt.NDArray[np.bool_]
-
-CHUNK: Final = 32768
-"""Windows that are ordered at once: they stay in the processor's cache."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,17 +32,17 @@ class Halving:
         Flat indices in it of pixels that do not count.
     infinite : (n,) float32
         What stands there.
-    lower, upper : (windows along rows, windows along columns + 1) bool
-        Where the eighth (the ninth) of the sixteen alone is the median; elsewhere it is their mean.
+    side : (windows along rows, windows along columns) int8
+        Negative where the eighth of the sixteen alone is the median, positive where the ninth is, 0 for the
+        mean of both.
     single : (m,) int
-        Flat indices, as in `lower`, of windows that are sorted one by one.
+        Flat indices of windows that are sorted one by one.
     """
 
     shape: tuple[int, int]
     missing: npt.NDArray[np.intp]
     infinite: Floats
-    lower: Bools
-    upper: Bools
+    side: npt.NDArray[np.int8]
     single: npt.NDArray[np.intp]
 
 
@@ -83,72 +79,58 @@ def _prepare(there: Bools) -> Halving:
     balance, lost = (
         a[:-1, :-1] + a[:-1, 1:] + a[1:, :-1] + a[1:, 1:] for a in (more, gone.reshape(more.shape))
     )
-    lower, upper, single = (
-        np.pad(which, [(0, 0), (0, 1)])
-        for which in (balance == 1, balance == -1, (np.abs(balance) > 1) | (lost == 16))
-    )
-    return Halving((rows, columns), missing, sign.reshape(-1)[missing], lower, upper, np.flatnonzero(single))
+    side = np.clip(-balance, -1, 1).astype(np.int8)
+    single = np.flatnonzero((np.abs(balance) > 1) | (lost == 16))
+    return Halving((rows, columns), missing, sign.reshape(-1)[missing], side, single)
 
 
-def reduce_rolling(image: Floats, halvings: list[Halving]) -> Floats:
-    """Halve an image again and again.
+def reduce_rolling(flux: Floats, scene: Floats, gain: Floats, halvings: list[Halving]) -> Floats:
+    """Subtract a scene from a frame, and halve what is left again and again.
 
     Parameters
     ----------
-    image : (rows, columns) float32
-        Of whole bins; NaN where a pixel is lost in this image. Pixels that never count may be anything.
+    flux, scene : (rows, columns) float32
+        Pixels beyond whole bins are left out. NaN where a pixel is lost in this frame; pixels that never
+        count may be anything.
+    gain : (columns,) float32
+        What pixels of each column are multiplied by.
     halvings : list of Halving
+        At least one.
 
     Returns
     -------
     (ny, nx) float32
         NaN where no pixel counts.
     """
+    from tessbkg.compiled import middle_of_windows, subtract_pixels  # noqa: PLC0415 (slow to import)
+
+    image = np.empty((0, 0), dtype=np.float32)
     for halving in halvings:
         padded = np.empty(halving.shape, dtype=np.float32)
-        padded[1:-1, 1:-1] = image
-        padded.reshape(-1)[halving.missing] = halving.infinite
-        image = _halve(padded, halving)
+        if halving is halvings[0]:
+            subtract_pixels(flux, scene, gain, padded[1:-1, 1:-1])
+        else:
+            padded[1:-1, 1:-1] = image
+        flat = padded.reshape(-1)
+        flat[halving.missing] = halving.infinite
+        lost = np.flatnonzero(np.isnan(flat))
+        flat[lost] = np.inf
+        image = np.empty(halving.side.shape, dtype=np.float32)
+        middle_of_windows(padded, halving.side, image)
+        single = np.union1d(halving.single, _windows_of(lost, halving)) if lost.size else halving.single
+        row, column = np.divmod(single, image.shape[1])
+        at = 2 * (row * padded.shape[1] + column)
+        offsets = np.add.outer(np.arange(4) * padded.shape[1], np.arange(4)).reshape(16, 1)
+        image.reshape(-1)[single] = _medians(flat[at + offsets])
     return image
 
 
-def _halve(padded: Floats, halving: Halving) -> Floats:
-    rows, width = halving.lower.shape
-    half = np.empty((rows, width), dtype=np.float32)
-    step = max(CHUNK // width, 1)
-    for first in range(0, rows, step):
-        chunk = slice(first, min(first + step, rows))
-        low, high = _middles(padded[2 * chunk.start : 2 * chunk.stop + 2])
-        with np.errstate(invalid="ignore"):  # of windows that are sorted one by one
-            np.add(low, high, out=half[chunk])
-        half[chunk] *= np.float32(0.5)
-        np.copyto(half[chunk], low, where=halving.lower[chunk])
-        np.copyto(half[chunk], high, where=halving.upper[chunk])
-    flat = half.reshape(-1)
-    flat[halving.single] = np.nan
-    half[:, -1] = 0
-    single = np.flatnonzero(np.isnan(flat))
-    row, column = np.divmod(single, width)
-    at = 2 * (row * padded.shape[1] + column)
-    offsets = np.add.outer(np.arange(4) * padded.shape[1], np.arange(4)).reshape(16, 1)
-    flat[single] = _medians(padded.reshape(-1)[at + offsets])
-    return half[:, :-1]
-
-
-def _middles(padded: Floats) -> tuple[Floats, Floats]:
-    """Give the eighth and the ninth of the 16 pixels of each window; the last column is of no window."""
-    width = padded.shape[1] // 2
-    quad = _sort4(*(padded[r::2, c::2].ravel() for r in (0, 1) for c in (0, 1)))
-    pair = _merge4([q[:-1] for q in quad], [q[1:] for q in quad])
-    upper, lower = [p[:-width] for p in pair], [p[width:] for p in pair]
-    both = np.zeros((2, padded.shape[0] // 2 - 1, width), dtype=np.float32)
-    low, high = (side.reshape(-1)[:-1] for side in both)
-    np.minimum(upper[0], lower[7], out=low)
-    np.maximum(upper[0], lower[7], out=high)
-    for k in range(1, 8):  # the eight lowest and the eight highest of both: bitonic halves
-        np.maximum(low, np.minimum(upper[k], lower[7 - k]), out=low)
-        np.minimum(high, np.maximum(upper[k], lower[7 - k]), out=high)
-    return both[0], both[1]
+def _windows_of(pixel: npt.NDArray[np.intp], halving: Halving) -> npt.NDArray[np.intp]:
+    """Flat indices of the windows that pixels are in."""
+    hit = np.zeros((halving.shape[0] // 2, halving.shape[1] // 2), dtype=np.bool_)  # blocks of 2 x 2
+    row, column = np.divmod(pixel, halving.shape[1])
+    hit[row // 2, column // 2] = True
+    return np.flatnonzero(hit[:-1, :-1] | hit[:-1, 1:] | hit[1:, :-1] | hit[1:, 1:])
 
 
 def _medians(values: Floats) -> Floats:
@@ -162,29 +144,6 @@ def _medians(values: Floats) -> Floats:
     middle: Floats = (values[low, column] + values[np.minimum(high, 15), column]) / 2
     middle[count == 0] = np.nan
     return middle
-
-
-def _sort4(a: Floats, b: Floats, c: Floats, d: Floats) -> list[Floats]:
-    """Four images in order, pixel by pixel."""
-    a, b = np.minimum(a, b), np.maximum(a, b)
-    c, d = np.minimum(c, d), np.maximum(c, d)
-    lowest, second = np.minimum(a, c), np.maximum(a, c)
-    third, highest = np.minimum(b, d), np.maximum(b, d)
-    return [lowest, np.minimum(second, third), np.maximum(second, third), highest]
-
-
-def _merge4(a: list[Floats], b: list[Floats]) -> list[Floats]:
-    """Two lists of four images in order merged into one of eight."""
-    low = [np.minimum(a[k], b[3 - k]) for k in range(4)]
-    high = [np.maximum(a[k], b[3 - k]) for k in range(4)]
-    return _merge_bitonic(low) + _merge_bitonic(high)
-
-
-def _merge_bitonic(four: list[Floats]) -> list[Floats]:
-    """Order four images that rise and then fall, or are a rotation of such, pixel by pixel."""
-    p, q = np.minimum(four[0], four[2]), np.maximum(four[0], four[2])
-    r, s = np.minimum(four[1], four[3]), np.maximum(four[1], four[3])
-    return [np.minimum(p, r), np.maximum(p, r), np.minimum(q, s), np.maximum(q, s)]
 
 
 def overlapping(image: npt.NDArray[np.generic]) -> npt.NDArray[np.float64]:
@@ -203,8 +162,12 @@ def rolling_factor(valid: Bools, halvings: list[Halving]) -> Floats:
     weight = valid.astype(np.float64)
     for _ in halvings:
         weight = overlapping(weight) / 16
+    if not weight.any():
+        return np.full(weight.shape, np.nan, dtype=np.float32)
     n = np.where(weight > 0, weight * 4 ** len(halvings), np.nan)
     random = np.random.default_rng(0)
+    nothing, one = np.zeros_like(valid, dtype=np.float32), np.ones(valid.shape[1], dtype=np.float32)
     images = (random.standard_normal(valid.shape, dtype=np.float32) for _ in range(8))
-    spread = np.mean([np.nanmean(np.square(reduce_rolling(image, halvings)) * n) for image in images])
+    values = (reduce_rolling(image, nothing, one, halvings) for image in images)
+    spread = np.mean([np.nanmean(np.square(value) * n) for value in values])
     return np.asarray(np.sqrt(spread / n), dtype=np.float32)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_scene import NOISE, frames_of
 
-from tessbkg import simulate
+from tessbkg import compiled, simulate
 from tessbkg.reduce import STATISTICS, median_variance, plan_reduction, reduce_frame
 from tessbkg.scene import make_scene, with_response
 
@@ -56,6 +56,70 @@ def test_kernels_equal_slow_numpy(statistic, size):
     np.testing.assert_allclose(value, slow(flux - 3, mask, size, statistic), rtol=2e-6, atol=2e-6)
     assert value.dtype == error.dtype == np.float32
     assert np.isnan(error).all()  # no noise law
+
+
+@pytest.mark.parametrize("length", [4, 8])
+def test_compiled_loops_equal_numpy(length):
+    random = np.random.default_rng(length)
+    flux, scene = random.normal(0, 1, (2, 32, 40)).astype(np.float32)
+    strict, lenient = random.random((32, 40)) > 0.3, random.random((32, 40)) > 0.1
+    gain = random.normal(1, 0.1, 40).astype(np.float32)
+    out = np.empty((32, 39), dtype=np.float32)
+    compiled.subtract_pixels(flux, scene, gain, out)
+    np.testing.assert_array_equal(out, ((flux - scene) * gain)[:, :39])
+
+    strips, parts = 32 // 8, 8 // length
+    sums, more = np.empty((2, strips, parts, 40), dtype=np.float32)
+    highest, odd = np.empty((strips, 40), dtype=np.float32), np.empty(strips, dtype=bool)
+    strict[9, 7] = strict[17, 3] = strict[25, 30] = True
+    flux[0][~strict[0]] = np.nan  # of no pixel that counts
+    flux[9, 7], flux[17, 3], flux[25, 30] = np.nan, 50, -np.inf
+    compiled.sum_columns(flux, scene, strict, lenient, 40.0, sums, more, highest, odd)
+    used, spare = (np.where(w, flux - scene, 0).reshape(strips, parts, length, 40) for w in (strict, lenient))
+    np.testing.assert_array_equal(sums, used.sum(axis=2))
+    np.testing.assert_array_equal(more, spare.sum(axis=2))
+    np.testing.assert_array_equal(highest, np.nanmax(used, axis=(1, 2)))
+    np.testing.assert_array_equal(odd, [False, True, True, True])
+
+    image = random.normal(0, 1, (18, 34)).astype(np.float32)
+    side = random.integers(-1, 2, (8, 16)).astype(np.int8)
+    middle = np.empty((8, 16), dtype=np.float32)
+    compiled.middle_of_windows(image, side, middle)
+    windows = np.lib.stride_tricks.sliding_window_view(image, (4, 4))[::2, ::2].reshape(8, 16, 16)
+    low, high = np.sort(windows, axis=2)[:, :, 7:9].transpose(2, 0, 1)
+    expected = np.select([side < 0, side > 0], [low, high], np.float32(0.5) * (low + high))
+    np.testing.assert_array_equal(middle, expected)
+
+
+def test_errors_are_positive_and_finite_where_much_is_masked():
+    """Bins without pixels of their own, some between good ones, some far from any."""
+    flux, mask = random_case(1, (128, 128), 0.2)
+    mask[:, 24:] = True
+    mask[40:56, :] = True
+    mask[44, ::8] = False
+    for statistic in STATISTICS:
+        plan = plan_reduction(
+            np.zeros_like(flux),
+            mask,
+            bin=8,
+            statistic=statistic,
+            noise=NOISE,
+            scene_err=np.linspace(0.2, 0.01, 128, dtype=np.float32) * np.ones_like(flux),
+        )
+        for flux_err in (None, np.full_like(flux, 0.15)):
+            value, error = reduce_frame(flux, plan, flux_err)
+            assert np.isfinite(value).all(), statistic
+            assert np.isfinite(error).all(), statistic
+            assert (error > 0).all(), statistic
+            assert (plan.scene_error > 0).all(), statistic
+
+
+def test_no_pixel_left_is_no_warning():
+    flux, mask = np.ones((32, 32), dtype=np.float32), np.ones((32, 32), dtype=bool)
+    for statistic in STATISTICS:
+        value, error = reduce_frame(flux, plan_reduction(flux, mask, bin=8, statistic=statistic, noise=NOISE))
+        assert np.isnan(value).all()
+        assert np.isnan(error).all()
 
 
 @settings(deadline=None, max_examples=30)
