@@ -35,11 +35,21 @@ def _order(a: float, b: float, c: float, d: float) -> tuple[float, float, float,
 
 
 @njit(nogil=True)
-def subtract_pixels(flux: Floats, scene: Floats, gain: Floats, out: Floats) -> None:
-    """Put (flux - scene) x gain of each column into `out`, whose size says how much of a frame counts."""
+def subtract_pixels(flux: Floats, scene: Floats, gain: Floats, out: Floats) -> bool:
+    """Put (flux - scene) x gain of each column into `out`, whose size says how much of a frame counts.
+
+    Returns
+    -------
+    bool
+        Whether any is NaN.
+    """
+    lost = False
     for i in range(out.shape[0]):
         for j in range(out.shape[1]):
-            out[i, j] = (flux[i, j] - scene[i, j]) * gain[j]
+            rest = (flux[i, j] - scene[i, j]) * gain[j]
+            out[i, j] = rest
+            lost |= rest != rest  # noqa: PLR0124 (which only NaN is)
+    return lost
 
 
 @njit(nogil=True)

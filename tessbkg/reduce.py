@@ -87,8 +87,8 @@ class Plan:
     shape : tuple of (int, int)
         Bins along rows and columns. Pixels beyond the last whole bin are left out.
     subtract : (rows, columns) float32
-        Scene; minus infinity where masked, so that subtracting it sorts masked pixels last, for statistics
-        that sort.
+        Scene; where masked, minus infinity for statistics that sort, so that subtracting it sorts masked
+        pixels last, and what :func:`tessbkg.rolling.prepare_rolling` has for `rolling`.
     gain : (columns,) float32
         What pixels of each column are multiplied by.
     n_pixels : (ny, nx) int
@@ -220,8 +220,10 @@ def plan_reduction(  # noqa: C901, PLR0915 (one plan, many parts)
             ceiling=CEILING,
             spare=spare if statistic == "whole" else None,
         )
-    inside = valid[: rows // bin * bin, : columns // bin * bin]
-    halvings = prepare_rolling(inside, bin) if statistic == "rolling" else []
+    subtract = np.where(valid, scene, np.float32(-np.inf)) if whole is None else whole.scene
+    halvings: list[Halving] = []
+    if statistic == "rolling" and bin > 1:
+        subtract, halvings = prepare_rolling(scene, valid, bin)
 
     def take(image: Floats) -> Floats:
         """Bins of an image, as the statistic has them."""
@@ -240,7 +242,7 @@ def plan_reduction(  # noqa: C901, PLR0915 (one plan, many parts)
         factor = np.where(filled, np.float32(np.nan), np.sqrt(spread(np.ones_like(scene))))
     else:
         filled = counts == 0
-        factor = rolling_factor(inside, halvings) if halvings else _error_factor(counts, statistic)
+        factor = rolling_factor(subtract, halvings) if halvings else _error_factor(counts, statistic)
         moving = np.nan_to_num(np.stack([take(term) for term in terms]))
         blur = np.sqrt(np.nan_to_num(spread(terms[0] ** 2 + terms[1] ** 2)))
     a, b = noise or (np.nan, np.nan)
@@ -259,7 +261,7 @@ def plan_reduction(  # noqa: C901, PLR0915 (one plan, many parts)
         size=bin,
         statistic=statistic,
         shape=(counts.shape[0], counts.shape[1]),
-        subtract=np.where(valid, scene, np.float32(-np.inf)) if whole is None else whole.scene,
+        subtract=subtract,
         gain=gain,
         n_pixels=counts,
         pixel=pixel,

@@ -11,7 +11,7 @@ out, and those with pixels lost in one frame only, are sorted one by one.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -46,22 +46,39 @@ class Halving:
     single: npt.NDArray[np.intp]
 
 
-def prepare_rolling(valid: Bools, size: int) -> list[Halving]:
+def prepare_rolling(scene: Floats, valid: Bools, size: int) -> tuple[Floats, list[Halving]]:
     """Prepare the kernel.
 
     Parameters
     ----------
+    scene : (rows, columns) float32
     valid : (rows, columns) bool
-        Pixels that count, of whole bins only.
+        Pixels that count.
     size : int
-        Pixels along the side of a bin: a power of two.
+        Pixels along the side of a bin: a power of two, at least 2.
+
+    Returns
+    -------
+    subtract : (rows, columns) float32
+        The scene; infinite where pixels do not count, as the first halving wants them.
+    halvings : list of Halving
+        The first without what `subtract` has.
     """
+    ny, nx = (n // size for n in valid.shape)
+    valid = valid[: ny * size, : nx * size]
+    rows, columns = valid.shape
     halvings = []
     for _ in range(size.bit_length() - 1):
         there = np.pad(valid, 1)
         halvings.append(_prepare(there))
         valid = overlapping(valid) > 0
-    return halvings
+    first = halvings[0]
+    row, column = (axis - 1 for axis in np.divmod(first.missing, first.shape[1]))
+    inside = (row >= 0) & (row < rows) & (column >= 0) & (column < columns)
+    subtract = scene.copy()
+    subtract[row[inside], column[inside]] = -first.infinite[inside]
+    halvings[0] = replace(first, missing=first.missing[~inside], infinite=first.infinite[~inside])
+    return subtract, halvings
 
 
 def _prepare(there: Bools) -> Halving:
@@ -84,18 +101,18 @@ def _prepare(there: Bools) -> Halving:
     return Halving((rows, columns), missing, sign.reshape(-1)[missing], side, single)
 
 
-def reduce_rolling(flux: Floats, scene: Floats, gain: Floats, halvings: list[Halving]) -> Floats:
+def reduce_rolling(flux: Floats, subtract: Floats, gain: Floats, halvings: list[Halving]) -> Floats:
     """Subtract a scene from a frame, and halve what is left again and again.
 
     Parameters
     ----------
-    flux, scene : (rows, columns) float32
-        Pixels beyond whole bins are left out. NaN where a pixel is lost in this frame; pixels that never
-        count may be anything.
+    flux : (rows, columns) float32
+        NaN where a pixel is lost in this frame; pixels that never count may be anything.
+    subtract : (rows, columns) float32
+        From :func:`prepare_rolling`.
     gain : (columns,) float32
         What pixels of each column are multiplied by.
     halvings : list of Halving
-        At least one.
 
     Returns
     -------
@@ -104,20 +121,23 @@ def reduce_rolling(flux: Floats, scene: Floats, gain: Floats, halvings: list[Hal
     """
     from tessbkg.compiled import middle_of_windows, subtract_pixels  # noqa: PLC0415 (slow to import)
 
-    image = np.empty((0, 0), dtype=np.float32)
+    image, any_lost = np.empty((0, 0), dtype=np.float32), False
     for halving in halvings:
         padded = np.empty(halving.shape, dtype=np.float32)
         if halving is halvings[0]:
-            subtract_pixels(flux, scene, gain, padded[1:-1, 1:-1])
+            any_lost = subtract_pixels(flux, subtract, gain, padded[1:-1, 1:-1])
         else:
             padded[1:-1, 1:-1] = image
         flat = padded.reshape(-1)
         flat[halving.missing] = halving.infinite
-        lost = np.flatnonzero(np.isnan(flat))
-        flat[lost] = np.inf
+        if any_lost:
+            lost = np.flatnonzero(np.isnan(flat))
+            flat[lost] = np.inf
         image = np.empty(halving.side.shape, dtype=np.float32)
         middle_of_windows(padded, halving.side, image)
-        single = np.union1d(halving.single, _windows_of(lost, halving)) if lost.size else halving.single
+        single = halving.single
+        if any_lost:
+            single = np.union1d(single, _windows_of(lost, halving))
         row, column = np.divmod(single, image.shape[1])
         at = 2 * (row * padded.shape[1] + column)
         offsets = np.add.outer(np.arange(4) * padded.shape[1], np.arange(4)).reshape(16, 1)
@@ -152,13 +172,17 @@ def overlapping(image: npt.NDArray[np.generic]) -> npt.NDArray[np.float64]:
     return np.asarray(windows.sum(axis=(2, 3), dtype=np.float64))
 
 
-def rolling_factor(valid: Bools, halvings: list[Halving]) -> Floats:
+def rolling_factor(subtract: Floats, halvings: list[Halving]) -> Floats:
     """Give the standard error of `rolling`: shape from counts, scale from noise put through the kernel.
 
     A bin's value draws on windows that reach beyond it, so the pixels that matter are counted with the
     same overlapping windows; one number then scales their inverse root to the spread that eight images of
     pure noise show over all bins, which holds it to half a per cent on a full CCD.
     """
+    rows, columns = (n - 2 for n in halvings[0].shape)
+    hidden = subtract[:rows, :columns].copy()
+    valid = np.isfinite(hidden)
+    hidden[valid] = 0
     weight = valid.astype(np.float64)
     for _ in halvings:
         weight = overlapping(weight) / 16
@@ -166,8 +190,8 @@ def rolling_factor(valid: Bools, halvings: list[Halving]) -> Floats:
         return np.full(weight.shape, np.nan, dtype=np.float32)
     n = np.where(weight > 0, weight * 4 ** len(halvings), np.nan)
     random = np.random.default_rng(0)
-    nothing, one = np.zeros_like(valid, dtype=np.float32), np.ones(valid.shape[1], dtype=np.float32)
+    one = np.ones(valid.shape[1], dtype=np.float32)
     images = (random.standard_normal(valid.shape, dtype=np.float32) for _ in range(8))
-    values = (reduce_rolling(image, nothing, one, halvings) for image in images)
+    values = (reduce_rolling(image, hidden, one, halvings) for image in images)
     spread = np.mean([np.nanmean(np.square(value) * n) for value in values])
     return np.asarray(np.sqrt(spread / n), dtype=np.float32)
