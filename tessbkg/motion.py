@@ -48,7 +48,6 @@ CUBIC_ERROR: Final = 0.4
 """Error of the expansion as a share of its linear part: the first, and the second times the square of the
 distance (the third order that is left out); measured on simulated frames, stars of 2 pixels FWHM."""
 
-
 RESPONSE_DISTANCES: Final = (0.05, 0.25)
 """Motions, in pixels, at which the response of medians to moved stars is measured."""
 
@@ -135,6 +134,25 @@ class Motion:
 def place(position: npt.NDArray[np.number[Any]], n: int) -> Floats:
     """Scale pixel positions along an axis of `n` pixels to -1 to 1."""
     return np.asarray(position * (2 / max(n - 1, 1)) - 1, dtype=np.float32)
+
+
+def bins_of(
+    pixel: npt.NDArray[np.integer[Any]], columns: int, size: int, shape: tuple[int, int]
+) -> npt.NDArray[np.intp]:
+    """Give flat indices, in (ny, nx) bins of `size` pixels, of the bins (the nearest ones) of pixels.
+
+    Parameters
+    ----------
+    pixel : (n,) int
+        Flat indices in a frame of `columns` columns.
+    columns, size : int
+    shape : tuple of (int, int)
+        ny and nx.
+    """
+    row, column = np.divmod(pixel, columns)
+    return np.asarray(
+        np.minimum(row // size, shape[0] - 1) * shape[1] + np.minimum(column // size, shape[1] - 1)
+    )
 
 
 def displacement(motion: npt.NDArray[np.floating], y: Floats, x: Floats) -> tuple[Floats, Floats]:

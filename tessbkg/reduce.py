@@ -18,6 +18,7 @@ from tessbkg.motion import (
     TERMS,
     Motion,
     Response,
+    bins_of,
     displacement,
     distance_of,
     expand,
@@ -352,10 +353,8 @@ def reduce_frame(flux: Floats, plan: Plan, flux_err: Floats | None = None) -> tu
 
 def _take_motion_off(value: Floats, flux: Floats, plan: Plan) -> Floats:
     """Take what moved stars add off `value`, in place; give the error that they leave."""
-    motion, (ny, nx) = plan.motion, plan.shape
-    row, column = np.divmod(motion.pixel, flux.shape[1])
-    at = np.minimum(row // plan.size, ny - 1), np.minimum(column // plan.size, nx - 1)
-    moved = motion.fit(flux, value[at], plan.noise)
+    at = bins_of(plan.motion.pixel, flux.shape[1], plan.size, plan.shape)
+    moved = plan.motion.fit(flux, value.reshape(-1)[at], plan.noise)
     y, x = (np.arange(n) * plan.size + (plan.size - 1) / 2 for n in plan.shape)
     y, x = place(y, flux.shape[0])[:, None], place(x, flux.shape[1])
     left = np.float32(expansion_error(distance_of(moved))) * plan.blur
@@ -466,8 +465,6 @@ def _pixel_variance(flux: Floats, flux_err: Floats, plan: Plan) -> Floats:
 
 def _blockwise(flux: Floats, plan: Plan) -> Floats:
     """Statistics of whole bins, one row of bins at a time: the buffer stays in the processor's cache."""
-    from tessbkg.compiled import subtract_pixels  # noqa: PLC0415 (slow to import)
-
     size, (ny, nx) = plan.size, plan.shape
     strip = np.empty((size, nx * size), dtype=np.float32)
     pixels = np.empty((nx, size, size), dtype=np.float32)
@@ -476,7 +473,8 @@ def _blockwise(flux: Floats, plan: Plan) -> Floats:
     statistic = _median if plan.statistic == "median" else _clipped
     for j in range(ny):
         rows = slice(j * size, (j + 1) * size)
-        subtract_pixels(flux[rows], plan.subtract[rows], plan.gain, strip)
+        np.subtract(flux[rows, : nx * size], plan.subtract[rows, : nx * size], out=strip)
+        strip *= plan.gain[: nx * size]
         pixels[...] = strip.reshape(size, nx, size).transpose(1, 0, 2)
         value[j] = statistic(flat, plan.n_pixels[j])
     return value

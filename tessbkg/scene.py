@@ -17,6 +17,7 @@ from scipy import ndimage
 
 from tessbkg.ccd import STRAP_COLUMNS
 from tessbkg.motion import (
+    bins_of,
     displacement,
     distance_of,
     expand,
@@ -333,12 +334,11 @@ def _strips(rows: int) -> list[slice]:
     return [slice(first, min(first + STRIP_ROWS, rows)) for first in range(0, rows, STRIP_ROWS)]
 
 
-def _light_maps(dark: Floats, noise: tuple[float, float]) -> Floats:
-    """Measure the smooth light of each dark frame, in bins."""
+def _light_maps(dark: Floats, noise: tuple[float, float], size: int) -> Floats:
+    """Measure the smooth light of each dark frame, in bins of `size` pixels."""
     reference = np.empty(dark.shape[1:], dtype=np.float32)
     for rows in _strips(dark.shape[1]):
         reference[rows] = _middle(np.sort(dark[:, rows], axis=0))
-    size = min(LIGHT_BIN, *dark.shape[1:])
     terms = scene_terms(reference)
     steep = np.hypot(terms[0], terms[1]) > STEEP
     # Not the median: pixels whose reference is the frame's own would hold it at zero.
@@ -346,13 +346,11 @@ def _light_maps(dark: Floats, noise: tuple[float, float]) -> Floats:
     plan = plan_reduction(reference, steep, bin=size, statistic="clipped", terms=still)
     tracers = prepare_motion(reference, terms, noise)
     y, x = _places(reference.shape)
-    ny, nx = plan.shape
-    row, column = (k // size for k in np.divmod(tracers.pixel, dark.shape[2]))
-    at = np.minimum(row, ny - 1), np.minimum(column, nx - 1)
+    at = bins_of(tracers.pixel, dark.shape[2], size, plan.shape)
     unmoved, maps = np.empty_like(reference), []
     for frame in dark:
         light = reduce_frame(frame, plan)[0]
-        motion = tracers.fit(frame, light[at], noise)
+        motion = tracers.fit(frame, light.reshape(-1)[at], noise)
         if motion.any():
             for rows in _strips(len(reference)):
                 np.subtract(frame[rows], expand(motion, terms[:, rows], y[rows], x), out=unmoved[rows])
@@ -363,14 +361,15 @@ def _light_maps(dark: Floats, noise: tuple[float, float]) -> Floats:
 
 def _remove_light(dark: Floats, noise: tuple[float, float]) -> npt.NDArray[np.bool_]:
     """Take the smooth light of each dark frame away, down to that of the darkest; which frames to use."""
-    light = _light_maps(dark, noise)
+    size = min(LIGHT_BIN, *dark.shape[1:])
+    light = _light_maps(dark, noise, size)
     usable = np.asarray(np.isfinite(light).all(axis=(1, 2)))
     if not usable.any():
         return np.ones(len(dark), dtype=bool)
     level = np.where(usable, light.mean(axis=(1, 2)), np.inf)
     light -= light[level <= level.min() + SAME_LEVEL].mean(axis=0)
     rows, columns = (
-        np.clip((np.arange(n) + 0.5) / min(LIGHT_BIN, *dark.shape[1:]) - 0.5, 0, m - 1)
+        np.clip((np.arange(n) + 0.5) / size - 0.5, 0, m - 1)
         for n, m in zip(dark.shape[1:], light.shape[1:], strict=True)
     )
     for i in np.flatnonzero(usable):

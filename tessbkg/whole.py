@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import sparse
 
-from tessbkg.motion import TERMS, Motion, displacement, distance_of, expand, expansion_error, place
+from tessbkg.motion import TERMS, Motion, bins_of, displacement, distance_of, expand, expansion_error, place
 
 Floats = npt.NDArray[np.float32]
 Bools = npt.NDArray[np.bool_]
@@ -52,6 +52,8 @@ class Selection:
         What a pixel of each column is multiplied by: the inverse of its response.
     used : (rows, columns) bool
         Pixels that count, of whole bins only.
+    masked : list of int arrays
+        For every strip the flat indices of pixels that do not.
     n_used : (ny, nx) int
     donors : (n,) int
         Flat indices of the pixels that others are interpolated from.
@@ -68,6 +70,7 @@ class Selection:
     size: int
     gain: Floats
     used: Bools
+    masked: list[npt.NDArray[np.intp]]
     n_used: npt.NDArray[np.intp]
     donors: npt.NDArray[np.intp]
     weights: sparse.csr_array
@@ -88,8 +91,8 @@ class Selection:
         weights = self.weights
         if squared:
             entries = weights.tocoo()
-            row, column = np.divmod(self.donors, image.shape[1])
-            home = np.minimum(row // size, ny - 1) * nx + np.minimum(column // size, nx - 1)
+            column = self.donors % image.shape[1]
+            home = bins_of(self.donors, image.shape[1], size, (ny, nx))
             inside = np.where(home[entries.col] == entries.row, share[column[entries.col]], 0)
             data = entries.data * (entries.data + 2 * inside)
             weights = sparse.csr_array((data, (entries.row, entries.col)), shape=entries.shape)
@@ -147,9 +150,7 @@ class Whole:
 
     def bins(self, pixel: npt.NDArray[np.intp]) -> npt.NDArray[np.intp]:
         """Flat indices of the bins (the nearest ones) of flat indices of pixels."""
-        row, column = np.divmod(pixel, self.scene.shape[1])
-        ny, nx = self.shape
-        return np.asarray(np.minimum(row // self.size, ny - 1) * nx + np.minimum(column // self.size, nx - 1))
+        return bins_of(pixel, self.scene.shape[1], self.size, self.shape)
 
     def columns(self, pixel: npt.NDArray[np.intp]) -> npt.NDArray[np.intp]:
         """Columns of flat indices of pixels."""
@@ -190,8 +191,8 @@ def prepare_whole(
     segment = _segment(size, rows)
     lenient = None
     if spare is not None and (spare & ~used).any():
-        lenient = _select(scene, used | spare, size=size, gain=gain, terms=terms)
-    strict = _select(scene, used, size=size, gain=gain, terms=terms)
+        lenient = _select(scene, used | spare, size=size, segment=segment, gain=gain, terms=terms)
+    strict = _select(scene, used, size=size, segment=segment, gain=gain, terms=terms)
     strips = strict.used.reshape(-1, segment, columns)
     variance = noise[0] * np.maximum(scene[:rows, :columns], 0) + noise[1]
     slope = np.hypot(*terms[:2, :rows, :columns])
@@ -211,7 +212,7 @@ def prepare_whole(
     )
 
 
-def _select(scene: Floats, used: Bools, *, size: int, gain: Floats, terms: Floats) -> Selection:
+def _select(scene: Floats, used: Bools, *, size: int, segment: int, gain: Floats, terms: Floats) -> Selection:
     ny, nx = (n // size for n in scene.shape)
     rows, columns = ny * size, nx * size
     used = used[:rows, :columns]
@@ -221,6 +222,7 @@ def _select(scene: Floats, used: Bools, *, size: int, gain: Floats, terms: Float
         size=size,
         gain=gain,
         used=used,
+        masked=[np.flatnonzero(~strip) for strip in used.reshape(-1, segment, columns)],
         n_used=used.reshape(ny, size, nx, size).sum(axis=(1, 3)),
         donors=row * scene.shape[1] + column,
         weights=weights,
@@ -321,15 +323,16 @@ def reduce_whole(flux: Floats, plan: Whole, motion: Motion) -> list[tuple[Floats
     y, x = (np.arange(n) * size + (size - 1) / 2 for n in plan.shape)
     y, x = place(y, rows)[:, None], place(x, columns)
     off = np.float32(expansion_error(distance_of(moved)))
-    donated = flux.reshape(-1)[plan.strict.donors]
-    if lost is not None:
-        _replace_lost(donated, mean, plan)
-    parts = [(plan.strict, mean, donated)]
-    if plan.lenient is not None:
-        parts.append((plan.lenient, _mean(more, None, plan.lenient), flux.reshape(-1)[plan.lenient.donors]))
     found = []
-    for selection, seen, donors in parts:
-        value = _interpolated(seen, donors, plan, selection, outliers)
+    for selection, total in ((plan.strict, sums), (plan.lenient, more)):
+        if selection is None or total is None:
+            continue
+        gone = lost if selection is plan.strict else None
+        donated = flux.reshape(-1)[selection.donors]
+        mean = _mean(total, gone, selection)
+        if gone is not None:
+            _replace_lost(donated, mean, plan)
+        value = _interpolated(mean, donated, plan, selection, outliers)
         value -= expand(moved, selection.terms, y, x)
         found.append((value, off * selection.blur))
     return found
@@ -376,34 +379,37 @@ def _interpolated(
     return value
 
 
-def _sum_strips(flux: Floats, plan: Whole) -> tuple[Floats, Floats, Floats, Floats | None]:
+def _sum_strips(flux: Floats, plan: Whole) -> tuple[Floats, Floats | None, Floats, Floats | None]:
     """Give strict and lenient sums, highest pixels and (unless none is lost) numbers of lost, by columns.
 
     Sums and numbers are of parts of strips that are no longer than a bin, highest pixels of whole strips.
-    Lenient sums are NaN where a pixel is lost, strict ones where one is saturated.
+    Lenient sums are NaN where a pixel is lost.
     """
-    from tessbkg.compiled import sum_columns  # noqa: PLC0415 (slow to import)
-
-    used = plan.strict.used
-    strips, length, columns = used.shape[0] // plan.segment, min(plan.segment, plan.size), used.shape[1]
-    sums = np.empty((strips, plan.segment // length, columns), dtype=np.float32)
-    more = np.empty_like(sums)
+    segment, columns = plan.segment, plan.strict.used.shape[1]
+    strip = np.empty((segment, columns), dtype=np.float32)
+    flat, parts = strip.reshape(-1), strip.reshape(-1, min(segment, plan.size), columns)
+    strips = len(plan.strict.masked)
+    sums = np.empty((strips, len(parts), columns), dtype=np.float32)
+    more = None if plan.lenient is None else np.empty_like(sums)
     highest = np.empty((strips, columns), dtype=np.float32)
-    odd = np.empty(strips, dtype=np.bool_)
-    lenient = used if plan.lenient is None else plan.lenient.used
-    sum_columns(flux, plan.scene, used, lenient, plan.ceiling, sums, more, highest, odd)
-    if not odd.any():
-        return sums, more, highest, None
-    lost = np.zeros_like(sums)
-    for j in np.flatnonzero(odd):
-        rows = slice(j * plan.segment, (j + 1) * plan.segment)
-        strip = np.where(used[rows], flux[rows, :columns] - plan.scene[rows, :columns], 0)
-        bad = ~(strip > -np.inf)
-        strip[bad] = 0
-        lost[j] = bad.reshape(-1, length, columns).sum(axis=1)
-        highest[j] = strip.max(axis=0)
-        strip[strip >= plan.ceiling] = np.nan
-        sums[j] = strip.reshape(-1, length, columns).sum(axis=1)
+    lost = None
+    for j, masked in enumerate(plan.strict.masked):
+        rows = slice(j * segment, (j + 1) * segment)
+        np.subtract(flux[rows, :columns], plan.scene[rows, :columns], out=strip)
+        if more is not None and plan.lenient is not None:
+            flat[plan.lenient.masked[j]] = 0
+            np.add.reduce(parts, axis=1, out=more[j])
+        flat[masked] = 0
+        np.maximum.reduce(strip, axis=0, out=highest[j])
+        if not highest[j].max() < plan.ceiling:
+            if lost is None:
+                lost = np.zeros_like(sums)
+            bad = np.isnan(strip)
+            lost[j] = bad.reshape(parts.shape).sum(axis=1)
+            strip[bad] = 0
+            np.maximum.reduce(strip, axis=0, out=highest[j])
+            strip[strip >= plan.ceiling] = np.nan
+        np.add.reduce(parts, axis=1, out=sums[j])
     return sums, more, highest, lost
 
 

@@ -8,7 +8,7 @@ import pytest
 from tessbkg import simulate
 from tessbkg.ccd import STRAP_COLUMNS
 from tessbkg.motion import expand, place, prepare_motion, scene_terms
-from tessbkg.scene import Mask, MaskOptions, fit_noise, make_mask, make_scene, with_response
+from tessbkg.scene import Mask, MaskOptions, _light_maps, fit_noise, make_mask, make_scene, with_response
 
 NOISE = (simulate.NOISE_A, simulate.NOISE_B)
 
@@ -53,6 +53,23 @@ def test_light_in_some_dark_frames_does_not_get_into_the_scene():
     scene = make_scene(dark, NOISE, dark_frames=tuple("abcdef"))
     assert abs(scene.flux.mean() - 100) < 0.01
     assert scene.dark_frames == ("a", "b", "c")
+
+
+def test_light_of_dark_frames_is_told_where_stars_moved():
+    sim = simulate.Simulation(frames=24, shape=(512, 512), model=simulate.KINDS["drift"])
+    indices = [0, 4, 6, 13, 16, 18]
+    dark = frames_of(sim, indices)
+    truth = np.array([simulate.light(sim, i) for i in indices])
+    added = np.array([0, 1, 0.5, 0, 2, 0.2], np.float32)[:, None, None] * np.linspace(
+        0.5, 1.5, 512, np.float32
+    )
+    dark += added
+    truth = (truth + added).reshape(6, 16, 32, 16, 32).mean(axis=(2, 4))
+    found = _light_maps(dark, NOISE, 32)
+    inner = np.s_[:, 2:-2, 2:-2]  # maps are smoothed
+    off = (found - found.mean(axis=0) - (truth - truth.mean(axis=0)))[inner]
+    assert np.abs(off.mean(axis=(1, 2))).max() < 0.005
+    assert off.std() < 0.03
 
 
 def test_motion_of_a_frame_is_found():
