@@ -356,7 +356,6 @@ def measure_response(
     variance = (noise[0] * np.maximum(np.nan_to_num(scene), 0) + noise[1]).astype(np.float32)
     random = np.random.default_rng(0)
     still, forth, back = [], [], []
-    moved, odd = np.empty_like(variance), np.empty_like(variance)
     moves = [(distance, axis) for distance in RESPONSE_DISTANCES for axis in (0, 1)]
     for _ in range(RESPONSE_NOISE):
         image = random.standard_normal(scene.shape, dtype=np.float32)
@@ -364,14 +363,9 @@ def measure_response(
         image += scene
         still.append(kernel(image))
         for distance, axis in moves:
-            np.multiply(terms[2 + 2 * axis], np.float32(distance**2), out=moved)
-            moved += image
-            np.multiply(terms[axis], np.float32(distance), out=odd)
-            moved += odd
-            forth.append(kernel(moved))
-            odd *= 2
-            moved -= odd
-            back.append(kernel(moved))
+            even, odd = np.float32(distance**2) * terms[2 + 2 * axis], np.float32(distance) * terms[axis]
+            forth.append(kernel(image + even + odd))
+            back.append(kernel(image + even - odd))
     shape = still[0].shape
     both = np.array([forth, back]).reshape(2, RESPONSE_NOISE, len(moves), *shape)
     quiet = np.nanmean(np.var(still, axis=0, ddof=1))
@@ -379,12 +373,8 @@ def measure_response(
     added = (both[0] - both[1]).mean(axis=0) / 2
     scatter = np.empty_like(added)
     for k, (distance, axis) in enumerate(moves):
-        np.multiply(terms[axis], np.float32(distance), out=odd)
-        np.square(odd, out=odd)
-        np.multiply(odd, variance, out=moved)
-        odd += variance
-        moved /= odd
-        of_bins = spread(moved)  # beyond its noise, more is the same
+        square = np.square(np.float32(distance) * terms[axis])
+        of_bins = spread(square * variance / (square + variance))  # beyond its noise, more is the same
         typical = max(float(np.nanmean(of_bins)), 1e-12)
         scatter[k] = of_bins * max(float(more[k]), 0) / typical / distance**2
         added[k] /= distance

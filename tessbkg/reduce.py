@@ -300,7 +300,7 @@ def reduce_frame(flux: Floats, plan: Plan, flux_err: Floats | None = None) -> tu
     Parameters
     ----------
     flux : (rows, columns) float32, electron s-1
-        Native byte order; NaN pixels are left out.
+        NaN pixels are left out. Best in native byte order: else it is copied.
     plan : Plan
     flux_err : (rows, columns) float32, optional
         One sigma of each pixel. Without it errors follow the noise law of the plan, and are NaN if the
@@ -322,7 +322,7 @@ def reduce_frame(flux: Floats, plan: Plan, flux_err: Floats | None = None) -> tu
     """
     if flux.shape != plan.subtract.shape:
         raise ValueError(f"frame of shape {flux.shape} does not fit a scene of shape {plan.subtract.shape}")
-    flux = np.ascontiguousarray(flux)
+    flux = np.ascontiguousarray(flux, dtype=flux.dtype.newbyteorder("="))
     others: list[tuple[Floats, Floats]] = []
     if plan.statistic == "whole" and plan.whole is not None:
         (value, moved), *others = reduce_whole(flux, plan.whole, plan.motion)
@@ -330,12 +330,11 @@ def reduce_frame(flux: Floats, plan: Plan, flux_err: Floats | None = None) -> tu
         value = _statistic(flux, plan)
         value[value >= CEILING] = np.nan
         moved = _take_motion_off(value, flux, plan)
-    if flux_err is None:
-        variance = plan.still + plan.rise * np.maximum(value, 0)
-    else:
-        variance = _pixel_variance(flux, flux_err, plan) * plan.factor**2
+    variance = plan.still + plan.rise * np.maximum(value, 0)
+    if flux_err is not None:
+        told = _pixel_variance(flux, flux_err, plan) * plan.factor**2
         # Bins of interpolated pixels only have no pixels to ask.
-        variance = np.where(np.isfinite(variance), variance, plan.still + plan.rise * np.maximum(value, 0))
+        variance = np.where(np.isfinite(told), told, variance)
     with np.errstate(invalid="ignore"):
         variance += np.square(plan.scene_error)
         bend = _bend(value, NOTICED.get(plan.statistic, NOTICED_OTHERS) * (variance + np.square(moved)))

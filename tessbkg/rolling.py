@@ -84,11 +84,11 @@ def prepare_rolling(scene: Floats, valid: Bools, size: int) -> tuple[Floats, lis
 def _prepare(there: Bools) -> Halving:
     rows, columns = there.shape
     quads = there.reshape(rows // 2, 2, columns // 2, 2).transpose(0, 2, 1, 3).reshape(-1, 4)
-    gone = 4 - quads.sum(axis=1, dtype=np.int8)
-    parity = np.add.outer(np.arange(rows // 2) % 2, np.arange(columns // 2) % 2, dtype=np.int8).ravel() % 2
+    gone = 4 - quads.sum(axis=1)
+    parity = np.add.outer(np.arange(rows // 2), np.arange(columns // 2)).ravel() % 2
     negative = (gone + parity) // 2
     # The first ones of a block are negative.
-    order = np.cumsum(~quads, axis=1, dtype=np.int8)
+    order = np.cumsum(~quads, axis=1)
     sign = np.where(order <= negative[:, None], np.float32(-np.inf), np.float32(np.inf))
     sign = sign.reshape(rows // 2, columns // 2, 2, 2).transpose(0, 2, 1, 3).reshape(rows, columns)
     missing = np.flatnonzero(~there)
@@ -183,7 +183,7 @@ def rolling_factor(subtract: Floats, halvings: list[Halving]) -> Floats:
     hidden = subtract[:rows, :columns].copy()
     valid = np.isfinite(hidden)
     hidden[valid] = 0
-    weight: npt.NDArray[np.floating] = valid.astype(np.float32)
+    weight = valid.astype(np.float64)
     for _ in halvings:
         weight = overlapping(weight) / 16
     if not weight.any():

@@ -79,6 +79,17 @@ def test_compiled_loops_equal_numpy():
     np.testing.assert_array_equal(middle, expected)
 
 
+@pytest.mark.parametrize("statistic", STATISTICS)
+def test_frames_as_astropy_reads_them(statistic):
+    """FITS is big-endian, and slices of it are not contiguous."""
+    flux, mask = random_case(5, (64, 96))
+    plan = plan_reduction(
+        np.zeros((64, 64), np.float32), mask[:, :64], bin=8, statistic=statistic, noise=NOISE
+    )
+    native = reduce_frame(np.ascontiguousarray(flux[:, :64]), plan)
+    np.testing.assert_array_equal(reduce_frame(flux.astype(">f4")[:, :64], plan), native)
+
+
 def test_errors_are_positive_and_finite_where_much_is_masked():
     """Bins without pixels of their own, some between good ones, some far from any."""
     flux, mask = random_case(1, (128, 128), 0.2)
