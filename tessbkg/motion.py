@@ -353,19 +353,24 @@ def measure_response(
     spread : function
         Of variances of pixels; gives those of bins, roughly.
     """
-    variance = (noise[0] * np.maximum(np.nan_to_num(scene), 0) + noise[1]).astype(np.float32)
+    variance = np.maximum(np.nan_to_num(scene), 0)
+    variance *= np.float32(noise[0])
+    variance += np.float32(noise[1])
     random = np.random.default_rng(0)
+    other = np.empty_like(scene)  # workers are short of memory here
     still, forth, back = [], [], []
     moves = [(distance, axis) for distance in RESPONSE_DISTANCES for axis in (0, 1)]
     for _ in range(RESPONSE_NOISE):
         image = random.standard_normal(scene.shape, dtype=np.float32)
-        image *= np.sqrt(variance)
+        image *= np.sqrt(variance, out=other)
         image += scene
         still.append(kernel(image))
         for distance, axis in moves:
-            even, odd = np.float32(distance**2) * terms[2 + 2 * axis], np.float32(distance) * terms[axis]
-            forth.append(kernel(image + even + odd))
-            back.append(kernel(image + even - odd))
+            for side, found in ((1, forth), (-1, back)):
+                np.multiply(terms[axis], np.float32(side * distance), out=other)
+                other += np.float32(distance**2) * terms[2 + 2 * axis]
+                other += image
+                found.append(kernel(other))
     shape = still[0].shape
     both = np.array([forth, back]).reshape(2, RESPONSE_NOISE, len(moves), *shape)
     quiet = np.nanmean(np.var(still, axis=0, ddof=1))

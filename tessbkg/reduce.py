@@ -245,10 +245,17 @@ def plan_reduction(  # noqa: C901, PLR0915 (one plan, many parts)
         filled = counts == 0
         factor = rolling_factor(subtract, halvings) if halvings else _error_factor(counts, statistic)
         moving = np.nan_to_num(np.stack([take(term) for term in terms]))
-        blur = np.sqrt(np.nan_to_num(spread(terms[0] ** 2 + terms[1] ** 2)))
+        slope = np.hypot(terms[0], terms[1])
+        slope *= slope
+        blur = np.sqrt(np.nan_to_num(spread(slope)))
+        del slope
     a, b = noise or (np.nan, np.nan)
     lopsided = None if statistic in {"whole", "sparse"} else _lopsided(valid, bin, statistic)
-    still = spread((a * np.maximum(np.where(valid, scene, 0), 0) + b).astype(np.float32))
+    variance = np.maximum(np.where(valid, scene, 0), 0)
+    variance *= np.float32(a)
+    variance += np.float32(b)
+    still = spread(variance)
+    del variance
     used = [counts]
     if whole is not None and whole.lenient is not None:
         used.append(whole.lenient.n_used)

@@ -84,11 +84,11 @@ def prepare_rolling(scene: Floats, valid: Bools, size: int) -> tuple[Floats, lis
 def _prepare(there: Bools) -> Halving:
     rows, columns = there.shape
     quads = there.reshape(rows // 2, 2, columns // 2, 2).transpose(0, 2, 1, 3).reshape(-1, 4)
-    gone = 4 - quads.sum(axis=1)
-    parity = np.add.outer(np.arange(rows // 2), np.arange(columns // 2)).ravel() % 2
+    gone = 4 - quads.sum(axis=1, dtype=np.int8)
+    parity = (np.add.outer(np.arange(rows // 2), np.arange(columns // 2)).ravel() % 2).astype(np.int8)
     negative = (gone + parity) // 2
     # The first ones of a block are negative.
-    order = np.cumsum(~quads, axis=1)
+    order = np.cumsum(~quads, axis=1, dtype=np.int8)
     sign = np.where(order <= negative[:, None], np.float32(-np.inf), np.float32(np.inf))
     sign = sign.reshape(rows // 2, columns // 2, 2, 2).transpose(0, 2, 1, 3).reshape(rows, columns)
     missing = np.flatnonzero(~there)
@@ -166,10 +166,13 @@ def _medians(values: Floats) -> Floats:
     return middle
 
 
-def overlapping(image: npt.NDArray[np.generic]) -> npt.NDArray[np.float64]:
+def overlapping(image: npt.NDArray[np.generic]) -> Floats:
     """Sum over the windows of one halving."""
-    windows = np.lib.stride_tricks.sliding_window_view(np.pad(image, 1), (4, 4))[::2, ::2]
-    return np.asarray(windows.sum(axis=(2, 3), dtype=np.float64))
+    sums: Floats = np.pad(image, 1).astype(np.float32)
+    for _ in range(2):
+        sums = sums[::2] + sums[1::2]
+        sums = (sums[:-1] + sums[1:]).T
+    return sums
 
 
 def rolling_factor(subtract: Floats, halvings: list[Halving]) -> Floats:
@@ -183,7 +186,7 @@ def rolling_factor(subtract: Floats, halvings: list[Halving]) -> Floats:
     hidden = subtract[:rows, :columns].copy()
     valid = np.isfinite(hidden)
     hidden[valid] = 0
-    weight = valid.astype(np.float64)
+    weight = valid.astype(np.float32)
     for _ in halvings:
         weight = overlapping(weight) / 16
     if not weight.any():

@@ -62,8 +62,8 @@ LAYOUT: Final = 1
 CHUNK_FRAMES: Final = 8
 """Frames of an inner chunk: one frame costs one request, a light curve one per 8 frames."""
 
-CHUNK_ROWS: Final = 256
-"""Rows of a chunk of full-size images: a whole one would be held twice while it is decoded."""
+CHILD_CHUNKS: Final = {"term": 1, "row": 256}
+"""Longest chunks of full-size images: whole ones would be held twice while they are decoded."""
 
 NOT_WRITTEN: Final = 255
 
@@ -374,7 +374,7 @@ def write_child(group: Group, name: str, dataset: xr.Dataset) -> None:
     encoding = {
         str(v): {
             "chunks": tuple(
-                min(n, CHUNK_ROWS) if dim == "row" else n
+                min(n, CHILD_CHUNKS.get(str(dim), n))
                 for dim, n in zip(variable.dims, variable.shape, strict=True)
             ),
             **_compressed(variable),
@@ -435,7 +435,11 @@ def read_child(group: Group, name: str) -> xr.Dataset | None:
     with store_errors(child, "read"):
         loaded: xr.Dataset = xr.open_zarr(
             MemoryStore(objects, read_only=True), consolidated=False, chunks=None, zarr_format=3
-        ).load()
+        )
+        for variable_name, variable in loaded.variables.items():
+            variable.load()
+            for key in [key for key in objects if key.startswith(f"{variable_name}/")]:
+                del objects[key]  # a scene is the most that a worker reads
     return loaded
 
 

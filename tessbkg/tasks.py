@@ -6,6 +6,8 @@ store. Nothing here knows of a cluster.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import functools
 import logging
 import time
@@ -146,6 +148,14 @@ def make_scene_group(job: Job) -> None:
     ]
     scene = with_response(scene, bright, options=job.options.mask, first_column=first_column)
     write_child(job.group, "scene", scene_to_dataset(scene).assign_attrs(unread=unread))
+    del scene, chosen, bright
+    _trim()
+
+
+def _trim() -> None:
+    """Give memory that is free back to the system, where C's library can: a worker keeps it otherwise."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def _read_dark(

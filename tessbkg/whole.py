@@ -247,16 +247,44 @@ def _segment(size: int, rows: int) -> int:
 def _interpolation(used: Bools, size: int, gain: Floats) -> tuple[npt.NDArray[np.intp], sparse.csr_array]:
     """Donors, and the weights by which they stand in for the masked pixels of every bin."""
     rows, columns = used.shape
-    ny, nx = rows // size, columns // size
-    masked = np.flatnonzero(~used)
-    # 32 bits: there are millions of entries, and workers are short of memory here.
-    row, column = (axis.astype(np.int32) for axis in np.divmod(masked, columns))
-    position = (column, column, row, row)
-    found = [side[~used].astype(np.int32) for side in _nearest(used)]
-    found += [side.T[~used].astype(np.int32) for side in _nearest(used.T)]
+    sides = [*_nearest(used), *(side.T for side in _nearest(used.T))]
+    # A row of bins at a time: there are millions of entries before those of one donor are summed.
+    weights = sparse.vstack(
+        [
+            _weights(used, [side[first : first + size] for side in sides], first, gain)
+            for first in range(0, rows, size)
+        ],
+        format="csr",
+    )
+    donor = np.zeros(rows * columns, dtype=np.bool_)
+    donor[weights.indices] = True
+    number = np.cumsum(donor, dtype=np.int32) - 1
+    donors = np.flatnonzero(donor)
+    weights = sparse.csr_array(
+        (weights.data, number[weights.indices], weights.indptr), shape=(weights.shape[0], len(donors))
+    )
+    return donors, weights
+
+
+def _weights(used: Bools, sides: list[npt.NDArray[np.int16]], first: int, gain: Floats) -> sparse.csr_array:
+    """Weights of all pixels for the bins of one row of them, which begins with row `first`.
+
+    Parameters
+    ----------
+    used : (rows, columns) bool
+    sides : list of (size, columns) int16
+        Columns of the nearest used pixels to the left and right, rows of those above and below; -1 if none.
+    first : int
+    gain : (columns,) float32
+    """
+    size, columns = sides[0].shape
+    masked = ~used[first : first + size]
+    row, column = (axis.astype(np.int32) for axis in np.nonzero(masked))
+    row += first
+    found = [side[masked].astype(np.int32) for side in sides]
     gap = [
         np.where(side >= 0, np.abs(side - here), 0).astype(np.float32)
-        for side, here in zip(found, position, strict=True)
+        for side, here in zip(found, (column, column, row, row), strict=True)
     ]
     share, squares = [], []
     for low, high in ((0, 1), (2, 3)):
@@ -270,23 +298,16 @@ def _interpolation(used: Bools, size: int, gain: Floats) -> tuple[npt.NDArray[np
             width = np.where(both, width, ONE_SIDED * width)
             squares.append(np.where(width > 0, 1 / width**2, np.float32(0)))
     total = np.maximum(squares[0] + squares[1], np.float32(1e-30))
-    parts = []
-    for k in range(4):
-        pixel = row * columns + found[k] if k < 2 else found[k] * columns + column
-        weight = share[k] * squares[k // 2] / total
-        parts.append((pixel, weight))
-    keep = [weight > 0 for _, weight in parts]
-    pixel = np.concatenate([p[k] for (p, _), k in zip(parts, keep, strict=True)])
-    weight = np.concatenate([w[k] for (_, w), k in zip(parts, keep, strict=True)])
-    home = row // size * nx + column // size
-    target = np.concatenate([home[k] for k in keep])
-    donors, index = np.unique(pixel, return_inverse=True)
-    weights = sparse.csr_array(
-        ((weight * (gain / np.float32(size**2))[pixel % columns]), (target, index.astype(np.int32))),
-        shape=(ny * nx, len(donors)),
-    )
+    pixel = [row * columns + side for side in found[:2]] + [side * columns + column for side in found[2:]]
+    weight = [each * squares[k // 2] / total for k, each in enumerate(share)]
+    keep = [each > 0 for each in weight]
+    pixels = np.concatenate([each[k] for each, k in zip(pixel, keep, strict=True)])
+    values = np.concatenate([each[k] for each, k in zip(weight, keep, strict=True)])
+    home = np.concatenate([(column // size)[k] for k in keep])
+    values *= (gain / np.float32(size**2))[pixels % columns]
+    weights = sparse.csr_array((values, (home, pixels)), shape=(columns // size, used.size))
     weights.sum_duplicates()
-    return donors, weights
+    return weights
 
 
 def _nearest(used: Bools) -> tuple[npt.NDArray[np.int16], npt.NDArray[np.int16]]:
