@@ -344,14 +344,13 @@ def reduce_whole(flux: Floats, plan: Whole, motion: Motion) -> list[tuple[Floats
     y, x = (np.arange(n) * size + (size - 1) / 2 for n in plan.shape)
     y, x = place(y, rows)[:, None], place(x, columns)
     off = np.float32(expansion_error(distance_of(moved)))
+    means = [(plan.strict, mean)]
+    if plan.lenient is not None and more is not None:
+        means.append((plan.lenient, _mean(more, None, plan.lenient)))
     found = []
-    for selection, total in ((plan.strict, sums), (plan.lenient, more)):
-        if selection is None or total is None:
-            continue
-        gone = lost if selection is plan.strict else None
+    for selection, mean in means:
         donated = flux.reshape(-1)[selection.donors]
-        mean = _mean(total, gone, selection)
-        if gone is not None:
+        if lost is not None and selection is plan.strict:
             _replace_lost(donated, mean, plan)
         value = _interpolated(mean, donated, plan, selection, outliers)
         value -= expand(moved, selection.terms, y, x)
@@ -369,7 +368,7 @@ def _mean(sums: Floats, lost: Floats | None, selection: Selection) -> Floats:
     """Mean of the pixels that count; NaN where there are none."""
     (ny, nx), size = selection.n_used.shape, selection.size
     fold = (ny, -1, nx, size)
-    total = (sums * selection.gain[: nx * size]).reshape(fold).sum(axis=(1, 3))
+    total = np.einsum("ypxs,xs->yx", sums.reshape(fold), selection.gain[: nx * size].reshape(nx, size))
     number = selection.n_used.astype(np.float32)
     if lost is not None:
         number -= lost.reshape(fold).sum(axis=(1, 3))
