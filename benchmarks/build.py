@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import tempfile
 import time
 import warnings
@@ -15,7 +14,7 @@ import numpy as np
 import psutil
 from accuracy import PRIOR_DARK, prior_cube
 from data import CCD1, DARK_FRAMES, servers, sky, survey_and_scene, upload
-from timing import measure, median, ms, ratio, spread, table
+from timing import ms, ratio, spread, table
 
 SHARD = 16
 WORKERS = 2
@@ -69,7 +68,7 @@ class Source:
 
 
 def timed_build(source, folder, statistic, client, dark_frames):
-    """Build; return seconds of the whole, of the shards, and the median seconds of a frame in them."""
+    """Build; return the job, whose store is kept, and the seconds of the whole and of the shards."""
     import tessbkg
 
     marks = []
@@ -78,47 +77,47 @@ def timed_build(source, folder, statistic, client, dark_frames):
         if step == "reduce":
             marks.append(time.perf_counter())
 
+    arguments = {
+        "root": source.root,
+        "statistic": statistic,
+        "dark_frames": dark_frames,
+        "shard_frames": SHARD,
+        "storage_options": source.options,
+        **CCD1,
+    }
     out = f"{folder}/ours-{time.monotonic_ns()}.zarr"
     began = time.perf_counter()
-    report = tessbkg.build(
-        out,
-        root=source.root,
-        statistic=statistic,
-        dark_frames=dark_frames,
-        shard_frames=SHARD,
-        storage_options=source.options,
-        client=client,
-        progress=progress,
-        **CCD1,
-    )
+    report = tessbkg.build(out, client=client, progress=progress, **arguments)
     whole = time.perf_counter() - began
-    shutil.rmtree(out)
     bad = sum(n for status, n in report.counts.items() if status not in {"good", "rejected"})
     if bad:
         raise RuntimeError(report.summary())
-    seconds = report.frames.loc[report.frames["nbytes"] > 0, "seconds"]
-    return {
-        "whole": whole,
-        "shards": marks[-1] - marks[0],
-        "frame": float(seconds.median()),
-        "nbytes": report.nbytes,
-    }
+    return tessbkg.plan_build(out, **arguments).job, {"whole": whole, "shards": marks[-1] - marks[0]}
 
 
-def kernel_limit(survey, scene, statistic, repeats):
-    """Seconds of one core for one frame whose bytes are in memory: header, decode, reduce."""
+def reduce_part(job, frames):
+    """Read and reduce some frames as a task of a build does, writing nothing."""
+    from tessbkg.tasks import prepared, reduce_frames
+
+    survey, plan = prepared(job)
+    reduce_frames(job, survey.iloc[frames], plan)
+
+
+def kernel_call(survey, scene, statistic):
+    """Header, decode and reduce on one core, of frames whose bytes are in memory."""
     from tessbkg.dataset import Options, plan_of, reduce_or_blank
     from tessbkg.ffi import decode, parse_header
 
-    url = str(survey["url"].iloc[len(survey) // 2])
-    data = Path(url.removeprefix("file://")).read_bytes()
+    urls = survey["url"].iloc[:: max(1, len(survey) // 8)]
+    frames = [Path(url.removeprefix("file://")).read_bytes() for url in urls]
     plan = plan_of(scene, Options(statistic=statistic))
 
-    def frame():
-        header = parse_header(data, url)
-        reduce_or_blank(decode(data, header, header.science[:2], 0), plan)
+    def reduce_all():
+        for data in frames:
+            header = parse_header(data, "")
+            reduce_or_blank(decode(data, header, header.science[:2], 0), plan)
 
-    return median(measure({"frame": frame}, repeats=max(5, repeats))["frame"])
+    return {f"kernel {statistic}": (reduce_all, len(frames))}
 
 
 def run(cache: Path, *, repeats: int, quick: bool, prior: str | None, servers_wanted):
@@ -129,13 +128,11 @@ def run(cache: Path, *, repeats: int, quick: bool, prior: str | None, servers_wa
     default = Options().statistic
     n = 32 if quick else 64
     dark_frames = 8 if quick else DARK_FRAMES
-    repeats = max(1, repeats // 2)
     root, _ = sky(cache, "orbit", n)
     _, survey, scene = survey_and_scene(root, Options(dark_frames=dark_frames))
     survey = survey[survey["status"] == FrameStatus.GOOD].reset_index(drop=True)
     masked = scene.mask != 0
-    limit = {s: kernel_limit(survey, scene, s, repeats) for s in (default, "rolling")}
-    figures = {"kernel seconds a frame": limit, "frames": len(survey)}
+    figures = {"frames": len(survey)}
 
     few = survey.iloc[:: max(1, len(survey) // (6 if quick else 12))]
     order = survey["excess"].to_numpy().argsort()[:PRIOR_DARK]
@@ -149,7 +146,8 @@ def run(cache: Path, *, repeats: int, quick: bool, prior: str | None, servers_wa
                 old[name] = spread(cube[2][len(order) :])
     figures["tess-backml seconds a frame, frames in memory"] = old
 
-    runs: dict = {}
+    statistics = tuple(dict.fromkeys((default, "rolling")))
+    kernels = [kernel_call(survey, scene, statistic) for statistic in statistics]
     with ExitStack() as stack:
         tmp = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tessbkg-bench-", dir=cache)))
         running = stack.enter_context(servers(tmp, servers_wanted))
@@ -159,117 +157,125 @@ def run(cache: Path, *, repeats: int, quick: bool, prior: str | None, servers_wa
             url = upload(server, root, "ffis")
             sources.append(Source(name, url, server.options(anon=True), survey, root))
         client = stack.enter_context(local_cluster(WORKERS))
-        nbytes = sum(sources[0].ends)
+        for source in sources:
+            calls = reading_calls(source, client)
+            for statistic, kernel in zip(statistics, kernels, strict=True):
+                job, one = timed_build(source, tmp, statistic, client, dark_frames)
+                figures[f"{source.name}: build, {statistic}"] = one
+                calls |= kernel | reducing_calls(source, job, statistic, client)
+            if source.name != "ceph":  # slow; one server is enough
+                calls |= naive_calls(source, scene.flux, masked, f"{tmp}/naive.zarr", 8 if quick else 24)
+            for name, values in clock(calls, repeats).items():
+                figures[f"{source.name}: {name}"] = {
+                    part: spread([one[part] for one in values]) for part in values[0]
+                }
+    return figures, tables(figures, [source.name for source in sources], statistics, sum(sources[0].ends))
 
-        def clock(source, name, call):
+
+def clock(calls, repeats):
+    """Run each of `calls` (name to function and its frames) in turn, `repeats` times, and once before.
+
+    Returns
+    -------
+    dict
+        Name to a list of the seconds a frame took, and those that all cores were busy for it.
+    """
+    found = {name: [] for name in calls}
+    for i in range(repeats + 1):
+        for name, (call, frames) in calls.items() if i % 2 else reversed(calls.items()):
             began, busy = time.perf_counter(), busy_seconds()
-            found = call()
-            found = found if isinstance(found, dict) else {"shards": time.perf_counter() - began}
-            found["busy"] = busy_seconds() - busy
-            runs.setdefault(source.name, {}).setdefault(name, []).append(found)
-
-        for round_ in range(repeats + 1):
-            for source in sources if round_ % 2 else sources[::-1]:
-                parts = [slice(i, i + SHARD) for i in range(0, len(survey), SHARD)]
-
-                def raw_here(source=source):
-                    raw_read(source.urls, source.ends, source.options)
-
-                def raw_there(source=source, parts=parts):
-                    args = [(source.urls[p], source.ends[p], source.options) for p in parts]
-                    client.gather([client.submit(raw_read, *a, pure=False) for a in args])
-
-                clock(source, "raw bytes, 1 process", raw_here)
-                clock(source, f"raw bytes, {WORKERS} processes", raw_there)
-                for statistic in dict.fromkeys((default, "rolling")):
-                    for who, cluster in (("1 process", None), (f"{WORKERS} workers", client)):
-                        clock(
-                            source,
-                            f"tessbkg {statistic}, {who}",
-                            lambda s=statistic, c=cluster, source=source: timed_build(
-                                source, tmp, s, c, dark_frames
-                            ),
-                        )
-                if source.name == "ceph" or round_ == 0:
-                    continue  # slow; one server is enough
-                urls = source.urls[: 8 if quick else 24]
-
-                def by_threads(source=source, urls=urls):
-                    import dask
-
-                    began = time.perf_counter()
-                    with dask.config.set(scheduler="threads", num_workers=WORKERS), warnings.catch_warnings():
-                        warnings.simplefilter("ignore")
-                        naive(urls, source.options, scene.flux, masked, f"{tmp}/naive.zarr")
-                    return {"shards": (time.perf_counter() - began) * len(survey) / len(urls)}
-
-                def by_cluster(source=source, urls=urls):
-                    began = time.perf_counter()
-                    with warnings.catch_warnings():
-                        warnings.simplefilter("ignore")
-                        naive(urls, source.options, scene.flux, masked, f"{tmp}/naive.zarr")
-                    return {"shards": (time.perf_counter() - began) * len(survey) / len(urls)}
-
-                clock(source, f"naive xarray + dask, {WORKERS} threads", by_threads)
-                clock(source, f"naive xarray + dask, {WORKERS} workers", by_cluster)
-    return summarise(figures, runs, len(survey), nbytes)
+            call()
+            one = {"seconds": time.perf_counter() - began, "busy": busy_seconds() - busy}
+            if i:
+                found[name].append({part: value / frames for part, value in one.items()})
+    return found
 
 
-def summarise(figures, runs, n, nbytes):
-    """Make tables of ratios. The first round warms everything and is not counted."""
-    for source, found in runs.items():
-        for name, values in found.items():
-            kept = values[1:] if len(values) > 1 and not name.startswith("naive") else values
-            figures[f"{source}: {name}"] = {
-                part: spread([one[part] for one in kept]) for part in kept[0] if part != "nbytes"
-            }
-    return figures, tables(figures, [(source, name) for source in runs for name in runs[source]], n, nbytes)
+def on_workers(client, function, *arguments):
+    """Run a function on every worker at once; each argument has a part for each worker."""
+    workers = client.scheduler_info()["workers"]
+    client.gather(
+        [
+            client.submit(function, *parts, workers=[worker], pure=False)
+            for worker, *parts in zip(workers, *arguments, strict=True)
+        ]
+    )
 
 
-def tables(figures, names, n, nbytes):
+def reading_calls(source, client):
+    """Raw reads of all frames."""
+    parts = [slice(i, None, WORKERS) for i in range(WORKERS)]
+    n, options = len(source.urls), source.options
+
+    def there():
+        every = [source.urls[part] for part in parts], [source.ends[part] for part in parts]
+        on_workers(client, raw_read, *every, [options] * WORKERS)
+
+    return {
+        "raw bytes, 1 process": (lambda: raw_read(source.urls, source.ends, options), n),
+        f"raw bytes, {WORKERS} processes": (there, n),
+    }
+
+
+def reducing_calls(source, job, statistic, client):
+    """Reading and reducing of all frames, as the tasks of a build do."""
+    n = len(source.urls)
+    parts = [slice(i, None, WORKERS) for i in range(WORKERS)]
+    return {
+        f"tessbkg {statistic}, 1 process": (lambda: reduce_part(job, slice(None)), n),
+        f"tessbkg {statistic}, {WORKERS} workers": (
+            lambda: on_workers(client, reduce_part, [job] * WORKERS, parts),
+            n,
+        ),
+    }
+
+
+def naive_calls(source, flux, masked, out, n):
+    """The naive way for some frames, by threads and by the workers of the client that is open."""
+    import dask
+
+    def reduce_all():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            naive(source.urls[:n], source.options, flux, masked, out)
+
+    def by_threads():
+        with dask.config.set(scheduler="threads", num_workers=WORKERS):
+            reduce_all()
+
+    return {
+        f"naive xarray + dask, {WORKERS} threads": (by_threads, n),
+        f"naive xarray + dask, {WORKERS} workers": (reduce_all, n),
+    }
+
+
+def tables(figures, sources, statistics, nbytes):
     """Make tables of the figures."""
-    limit = figures["kernel seconds a frame"]
+    n = figures["frames"]
     old = figures["tess-backml seconds a frame, frames in memory"]
-    seconds = {}  # a frame
-    for source, name in names:
-        one = figures[f"{source}: {name}"]
-        share = WORKERS if name.endswith(f"{WORKERS} workers") else 1
-        seconds[source, name] = (
-            one["frame"]["median"] / share if "frame" in one else one["shards"]["median"] / n
-        )
+    seconds = {
+        tuple(name.split(": ")): one["seconds"]["median"]
+        for name, one in figures.items()
+        if ": " in name and "seconds" in one
+    }
     slow = old.get("rolling with errors", {}).get("median")
     fixed = old.get("fixed windows with errors", {}).get("median")
-    rows = []
-    for (source, name), each in seconds.items():
-        one = figures[f"{source}: {name}"]
-        whole = one.get("whole")
-        rows.append(
-            (
-                f"{source}: {name}",
-                ratio(slow / each) if slow else "",
-                ratio(fixed / each) if fixed else "",
-                ratio(seconds[source, "raw bytes, 1 process"] / each),
-                ms(each),
-                f"{nbytes / n / each / 1e6:,.0f}",
-                ms(one["shards"]["median"] / n) if whole else "",
-                f"{whole['median']:.1f}" if whole else "",
-            )
+    rows = [
+        (
+            f"{source}: {name}",
+            ratio(slow / each) if slow else "",
+            ratio(fixed / each) if fixed else "",
+            ratio(seconds[source, "raw bytes, 1 process"] / each),
+            ms(each),
+            f"{nbytes / n / each / 1e6:,.0f}",
         )
+        for (source, name), each in seconds.items()
+    ]
     for name, one in old.items():
-        rows.append(
-            (
-                f"tess-backml 0.3.3, {name}",
-                ratio(slow / one["median"]),
-                ratio(fixed / one["median"]),
-                "",
-                ms(one["median"]),
-                "",
-                "",
-                "",
-            )
-        )
+        faster = ratio(slow / one["median"]), ratio(fixed / one["median"])
+        rows.append((f"tess-backml 0.3.3, {name}", *faster, "", ms(one["median"]), ""))
     first = table(
-        f"Build of {n} frames of 2048 x 2048, bin 16, by where the frames are",
+        f"{n} frames of 2048 x 2048, bin 16, by where the frames are",
         (
             "",
             "faster than tess-backml, rolling",
@@ -277,27 +283,35 @@ def tables(figures, names, n, nbytes):
             "of the raw byte rate",
             "ms a frame",
             "MB/s",
-            "ms a frame with what comes once",
-            "whole build, s",
         ),
         rows,
-        "A frame: read, decoded, reduced; the median within the tasks over the number of workers. What comes "
-        "once for each worker (reading and preparing the scene, which counts much in so few frames), writing "
-        "and angles are in the column after; listing, survey, scene and template in that of the whole build. "
-        "tess-backml has its frames in memory before its clock starts; reads, scene and writing not counted. "
-        "Servers share the cores with the workers.",
+        "A frame: read, decoded, reduced, as the tasks of a build do it; kernel: all but read, on one core. "
+        "tess-backml has its frames in memory before its clock starts. Servers share the cores with the "
+        "workers.",
+    )
+    whole = table(
+        f"Whole builds of {n} frames, {WORKERS} workers",
+        ("", "s", "of them in shards, s"),
+        [
+            (f"{source}: {statistic}", f"{one['whole']:.1f}", f"{one['shards']:.1f}")
+            for source in sources
+            for statistic in statistics
+            for one in [figures[f"{source}: build, {statistic}"]]
+        ],
+        "Listing, survey, scene and template; in the shards reading and preparing the scene on every worker "
+        "(compiling, for `rolling`), which counts much in so few frames, angles and writing.",
     )
     limits = []
     figures["of the limit"] = {}
-    for source in dict.fromkeys(source for source, _ in names):
-        for statistic in limit:
+    for source in sources:
+        for statistic in statistics:
             for who, raw, workers in (
                 ("1 process", "raw bytes, 1 process", 1),
                 (f"{WORKERS} workers", f"raw bytes, {WORKERS} processes", WORKERS),
             ):
                 ours = seconds[source, f"tessbkg {statistic}, {who}"]
-                reading, kernel = seconds[source, raw], limit[statistic]
-                busy = figures[f"{source}: {raw}"]["busy"]["median"] / n
+                reading, kernel = seconds[source, raw], seconds[source, f"kernel {statistic}"]
+                busy = figures[f"{source}: {raw}"]["busy"]["median"]
                 # Reading keeps cores busy, the server's part included, and so does the kernel.
                 bounds = {
                     "bytes": reading,
@@ -319,8 +333,8 @@ def tables(figures, names, n, nbytes):
         "How near the limit: the slowest of raw reads, kernel and cores",
         ("", "of the limit", "which binds", "of raw bytes", "of the kernel", "of the cores", "build, ms"),
         limits,
-        "Milliseconds a frame. Bytes: raw reads by the same client. Kernel: one frame in memory to bins, on as "
-        "many cores as there are workers. Cores: what raw reads keep the cores of this machine busy with, the "
-        "server's work included, and the kernel, shared out among them all.",
+        "Milliseconds a frame. Bytes: raw reads by the same client. Kernel: one frame in memory to bins, on "
+        "as many cores as there are workers. Cores: what raw reads keep all cores of this machine busy with, "
+        "the server's work included, and the kernel, shared out among them.",
     )
-    return [first, second]
+    return [first, whole, second]
