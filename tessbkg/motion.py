@@ -14,6 +14,7 @@ better, :func:`refine_terms` corrects them pixel by pixel.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
@@ -102,16 +103,18 @@ class Motion:
         seen = flux.reshape(-1)[self.pixel]
         rest = seen - self.flux - light
         good = np.isfinite(rest)
-        if good.sum() < 50:
+        number = int(good.sum())
+        if number < 50:
             return still
-        y, x = self.places(self.pixel)
-        gy, gx, yy, xy, xx = self.terms
-        base = np.stack([gy, gy * y, gy * x, gx, gx * y, gx * x])
+        y, x = self._places
+        _, _, yy, xy, xx = self.terms
+        base = self._base
         seen = np.where(good, seen, 0)
-        variance = noise[0] * np.maximum(seen, 0) + noise[1] + TRACER_ERROR**2 * (gy**2 + gx**2)
+        variance = noise[0] * np.maximum(seen, 0) + noise[1] + self._tracer_variance
         weight = np.where(good, 1 / variance, 0).astype(np.float32)
         rest = np.where(good, rest, 0)
         sigma = np.sqrt(weight)
+        middle = good.size - number + number // 2  # of the good ones: the others are off by 0
         found, huber = still, np.float32(1)
         for _ in range(4):
             dy, dx = displacement(found.astype(np.float32), y, x)
@@ -121,14 +124,27 @@ class Motion:
                 (weighted @ base.T).astype(np.float64), (weighted @ target).astype(np.float64), rcond=1e-6
             )[0]
             off = np.abs(target - found.astype(np.float32) @ base) * sigma
-            typical = np.float32(3 * np.median(off[good]) + 1e-6)
+            typical = np.float32(3 * np.partition(off, middle)[middle] + 1e-6)
             huber = np.minimum(typical / np.maximum(off, typical), 1)
         return np.asarray(found)
 
-    def places(self, pixel: npt.NDArray[np.intp]) -> tuple[Floats, Floats]:
-        """Give y and x of flat indices, from -1 to 1."""
-        row, column = np.divmod(pixel, self.shape[1])
+    @functools.cached_property
+    def _places(self) -> tuple[Floats, Floats]:
+        """Y and x of the tracers, from -1 to 1."""
+        row, column = np.divmod(self.pixel, self.shape[1])
         return place(row, self.shape[0]), place(column, self.shape[1])
+
+    @functools.cached_property
+    def _base(self) -> Floats:
+        """(6, n) what each number of a motion adds, to first order, electron s-1."""
+        y, x = self._places
+        gy, gx = self.terms[:2]
+        return np.stack([gy, gy * y, gy * x, gx, gx * y, gx * x])
+
+    @functools.cached_property
+    def _tracer_variance(self) -> Floats:
+        """(n,) variance beside that of the noise, (electron s-1)^2."""
+        return np.asarray(np.float32(TRACER_ERROR**2) * np.square(self.terms[:2]).sum(axis=0))
 
 
 def place(position: npt.NDArray[np.number[Any]], n: int) -> Floats:
@@ -358,7 +374,9 @@ def measure_response(
     variance += np.float32(noise[1])
     random = np.random.default_rng(0)
     other = np.empty_like(scene)  # workers are short of memory here
-    still, forth, back = [], [], []
+    still: list[Floats] = []
+    forth: list[Floats] = []
+    back: list[Floats] = []
     moves = [(distance, axis) for distance in RESPONSE_DISTANCES for axis in (0, 1)]
     for _ in range(RESPONSE_NOISE):
         image = random.standard_normal(scene.shape, dtype=np.float32)

@@ -93,11 +93,11 @@ def _prepare(there: Bools) -> Halving:
     sign = sign.reshape(rows // 2, columns // 2, 2, 2).transpose(0, 2, 1, 3).reshape(rows, columns)
     missing = np.flatnonzero(~there)
     more = (gone - 2 * negative).reshape(rows // 2, columns // 2)
-    balance, lost = (
-        a[:-1, :-1] + a[:-1, 1:] + a[1:, :-1] + a[1:, 1:] for a in (more, gone.reshape(more.shape))
-    )
+    balance = (
+        more[:-1, :-1] + more[:-1, 1:] + more[1:, :-1] + more[1:, 1:]
+    )  # 0 where none counts: that is NaN
     side = np.clip(-balance, -1, 1).astype(np.int8)
-    single = np.flatnonzero((np.abs(balance) > 1) | (lost == 16))
+    single = np.flatnonzero(np.abs(balance) > 1)
     return Halving((rows, columns), missing, sign.reshape(-1)[missing], side, single)
 
 
@@ -166,9 +166,9 @@ def _medians(values: Floats) -> Floats:
     return middle
 
 
-def overlapping(image: npt.NDArray[np.generic]) -> Floats:
+def overlapping(image: npt.NDArray[np.generic]) -> npt.NDArray[np.floating]:
     """Sum over the windows of one halving."""
-    sums: Floats = np.pad(image, 1).astype(np.float32)
+    sums: npt.NDArray[np.floating] = np.pad(image, 1).astype(np.float32)
     for _ in range(2):
         sums = sums[::2] + sums[1::2]
         sums = (sums[:-1] + sums[1:]).T
@@ -186,7 +186,7 @@ def rolling_factor(subtract: Floats, halvings: list[Halving]) -> Floats:
     hidden = subtract[:rows, :columns].copy()
     valid = np.isfinite(hidden)
     hidden[valid] = 0
-    weight = valid.astype(np.float32)
+    weight: npt.NDArray[np.floating] = valid.astype(np.float32)
     for _ in halvings:
         weight = overlapping(weight) / 16
     if not weight.any():
