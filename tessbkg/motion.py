@@ -15,6 +15,7 @@ better, :func:`refine_terms` corrects them pixel by pixel.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
@@ -49,7 +50,7 @@ CUBIC_ERROR: Final = 0.4
 """Error of the expansion as a share of its linear part: the first, and the second times the square of the
 distance (the third order that is left out); measured on simulated frames, stars of 2 pixels FWHM."""
 
-RESPONSE_DISTANCES: Final = (0.05, 0.25)
+RESPONSE_DISTANCES: Final = (0.05, 0.25, 0.6)
 """Motions, in pixels, at which the response of medians to moved stars is measured."""
 
 RESPONSE_NOISE: Final = 4
@@ -311,6 +312,8 @@ class Response:
     ----------
     added : (distances, 2, ny, nx) float32, electron s-1
         What motion along rows (columns) by RESPONSE_DISTANCES adds, per pixel of motion.
+    even : (distances, 2, ny, nx) float32, electron s-1
+        What it adds besides, whether forth or back, per square of the motion.
     noise : (distances, 2, ny, nx) float32, (electron s-1)^2
         Variance that comes with it, per square of the motion.
     share : float
@@ -318,6 +321,7 @@ class Response:
     """
 
     added: Floats
+    even: Floats
     noise: Floats
     share: float
 
@@ -330,13 +334,14 @@ class Response:
             Broadcast against (ny, nx).
         """
         added, variance = np.zeros((2, *self.added.shape[2:]), dtype=np.float32)
-        near, far = RESPONSE_DISTANCES
         for axis, distance in enumerate((dy, dx)):
-            share = np.clip((np.abs(distance) - near) / (far - near), 0, 1)
-            here, noise = (
-                image[0, axis] * (1 - share) + image[1, axis] * share for image in (self.added, self.noise)
-            )
-            added += distance * here
+            here, even, noise = (image[0, axis].copy() for image in (self.added, self.even, self.noise))
+            for k, (near, far) in enumerate(itertools.pairwise(RESPONSE_DISTANCES)):
+                share = np.clip((np.abs(distance) - near) / np.float32(far - near), 0, 1)
+                here += share * (self.added[k + 1, axis] - self.added[k, axis])
+                even += share * (self.even[k + 1, axis] - self.even[k, axis])
+                noise += share * (self.noise[k + 1, axis] - self.noise[k, axis])
+            added += distance * (here + distance * even)
             variance += distance**2 * (noise + np.float32(self.share**2) * here**2)
         return added, variance
 
@@ -352,9 +357,10 @@ def measure_response(
 ) -> Response:
     """Put moved scenes, with noise, through a kernel.
 
-    What is added is half the difference of forth and back: what is even in the motion is left. Stars that
-    move also are noise to a median: how much more its values scatter between images of noise, over the whole
-    CCD, is shared out among the bins by their slopes.
+    Half the difference of forth and back is odd in the motion, half their sum, beyond what stars that stand
+    still give, even; for the smallest motion only the mean of that over the CCD is told, and shared out among
+    the bins as that of the next. Stars that move also are noise to a median: how much more its values scatter
+    between images of noise, over the whole CCD, is shared out among the bins by their slopes.
 
     Parameters
     ----------
@@ -394,6 +400,7 @@ def measure_response(
     quiet = np.nanmean(np.var(still, axis=0, ddof=1))
     more = np.nanmean(both.var(axis=1, ddof=1), axis=(0, 2, 3)) - quiet
     added = (both[0] - both[1]).mean(axis=0) / 2
+    even = both.mean(axis=(0, 1)) - np.mean(still, axis=0)
     scatter = np.empty_like(added)
     for k, (distance, axis) in enumerate(moves):
         square = np.square(np.float32(distance) * terms[axis])
@@ -401,8 +408,13 @@ def measure_response(
         typical = max(float(np.nanmean(of_bins)), 1e-12)
         scatter[k] = of_bins * max(float(more[k]), 0) / typical / distance**2
         added[k] /= distance
+        even[k] /= distance**2
+    least, less = even[:2], even[2:4]
+    ratio = np.nanmean(least, axis=(1, 2)) / np.nanmean(less, axis=(1, 2))
+    least[...] = less * np.clip(ratio, 0, 1)[:, None, None]
     parts = len(RESPONSE_DISTANCES), 2, *shape
-    return Response(np.nan_to_num(added).reshape(parts), np.nan_to_num(scatter).reshape(parts), share)
+    added, even, scatter = (np.nan_to_num(image).reshape(parts) for image in (added, even, scatter))
+    return Response(added, even, scatter, share)
 
 
 def refine_terms(residual: Floats, moved: Floats, terms: Floats, variance: Floats) -> None:

@@ -11,7 +11,7 @@ from typing import Final, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
-from scipy import sparse
+from scipy import ndimage, sparse
 from scipy.sparse.linalg import splu
 
 from tessbkg.motion import (
@@ -28,7 +28,14 @@ from tessbkg.motion import (
     prepare_motion,
     scene_terms,
 )
-from tessbkg.rolling import Halving, overlapping, prepare_rolling, reduce_rolling, rolling_factor
+from tessbkg.rolling import (
+    Halving,
+    mean_of_windows,
+    overlapping,
+    prepare_rolling,
+    reduce_rolling,
+    rolling_factor,
+)
 from tessbkg.whole import Whole, mean_of_used, prepare_whole, reduce_whole
 
 Floats = npt.NDArray[np.float32]
@@ -46,20 +53,24 @@ CEILING: Final = 4e4
 """Light, electron s-1, from which on a pixel is saturated: `whole` gives no value of its bin then, and no
 statistic one as large."""
 
-RESPONSE_SHARE: Final = {"median": 0.2, "clipped": 0.2, "rolling": 0.35}
+RESPONSE_SHARE: Final = {"median": 0.2, "clipped": 0.2, "rolling": 0.3}
 """Error of what moved stars add to statistics that are no means, as a share of it; measured on simulated
 frames."""
 
 LEAST_MEDIAN: Final = 4
 """Medians of smaller bins follow moved stars like means."""
 
-STRUCTURE: Final = {"whole": (0.025, 0.2), "rolling": (0.25, 0.25)}
+STRUCTURE: Final = {
+    "whole": (0.025, 0.2),
+    "mean": (0.04, 0.2),
+    "median": (0.09, 0.0),
+    "clipped": (0.03, 0.1),
+    "rolling": (0.19, 0.0),
+    "sparse": (1.0, 0.0),
+}
 """Error of a bin where light has structure, as a share of its second differences from bin to bin: a constant,
-and what comes with the share of masked pixels. Measured on simulated frames with sharp glints at bins of 16
-pixels; for `whole` it goes with the inverse of the size of bins, up to twice this."""
-
-STRUCTURE_SIMPLE: Final = (0.22, 0.4)
-"""The same for the other statistics."""
+and what comes with the share of masked pixels. Measured on simulated frames with and without sharp glints at
+bins of 4 to 64 pixels; for `whole` it goes with the inverse of the size of bins, up to twice this."""
 
 ROLLING_SHARE: Final = 0.03
 """Error of medians of medians of unevenly masked windows, as a share of the change of the light from bin to
@@ -74,6 +85,12 @@ NOTICED: Final = {"rolling": 15.0}
 noise makes, half of it where windows overlap."""
 
 NOTICED_OTHERS: Final = 80.0
+
+NOTICED_AROUND: Final = {"median": 15.6, "clipped": 15.6, "rolling": 7.8}
+"""For statistics that are no means, their averages over AROUND x AROUND bins count too, from this many on:
+light that is uneven at the level of the noise skews what they are of."""
+
+AROUND: Final = 5
 
 
 @dataclass(frozen=True, eq=False)
@@ -230,6 +247,8 @@ def plan_reduction(  # noqa: C901, PLR0915 (one plan, many parts)
         """Bins of an image, as the statistic has them."""
         if statistic == "sparse":
             return np.asarray(image.reshape(-1)[np.maximum(pixel, 0)])
+        if halvings:
+            return mean_of_windows(image, valid, bin)
         return _mean(np.where(valid, image, 0), counts, bin)
 
     def spread(square: Floats) -> Floats:
@@ -344,7 +363,7 @@ def reduce_frame(flux: Floats, plan: Plan, flux_err: Floats | None = None) -> tu
         variance = np.where(np.isfinite(told), told, variance)
     with np.errstate(invalid="ignore"):
         variance += np.square(plan.scene_error)
-        bend = _bend(value, NOTICED.get(plan.statistic, NOTICED_OTHERS) * (variance + np.square(moved)))
+        bend = _bend(value, variance + np.square(moved), plan.statistic)
         uncertain = np.square(moved) + plan.structure[0] * bend
         if plan.lopsided is not None:
             uncertain += _uneven(value, plan.lopsided, ROLLING_SHARE if plan.statistic == "rolling" else 0)
@@ -372,22 +391,23 @@ def _take_motion_off(value: Floats, flux: Floats, plan: Plan) -> Floats:
     return np.asarray(np.hypot(left, np.sqrt(variance)))
 
 
-def _bend(value: Floats, least: Floats) -> Floats:
-    """Squared second differences from bin to bin beyond the least that count."""
+def _bend(value: Floats, variance: Floats, statistic: str) -> Floats:
+    """Squared second differences from bin to bin beyond what noise makes."""
     bend = np.zeros_like(value)
     for image, out in ((value, bend), (value.T, bend.T)):
         if len(image) > 2:
             second = np.square(image[2:] + image[:-2] - 2 * image[1:-1])
             out[1:-1] += np.nan_to_num(second)
-    return np.asarray(np.maximum(bend - least, 0))
+    beyond = np.maximum(bend - NOTICED.get(statistic, NOTICED_OTHERS) * variance, 0)
+    if statistic in NOTICED_AROUND:
+        least = NOTICED_AROUND[statistic] * np.nan_to_num(variance)
+        np.maximum(beyond, ndimage.uniform_filter(bend - least, AROUND, mode="nearest"), out=beyond)
+    return np.asarray(beyond)
 
 
 def _structure(statistic: str, size: int, used: npt.NDArray[np.intp]) -> Floats:
     """Variance of bins where light has structure, over its squared second differences."""
-    if statistic == "sparse":
-        constant, masked = 1.0, 0.0
-    else:
-        constant, masked = STRUCTURE.get(statistic, STRUCTURE_SIMPLE)
+    constant, masked = STRUCTURE[statistic]
     if statistic == "whole":
         scale = min(16 / size, 2.0)
         constant, masked = scale * constant, scale * masked

@@ -175,6 +175,18 @@ def overlapping(image: npt.NDArray[np.generic]) -> npt.NDArray[np.floating]:
     return sums
 
 
+def mean_of_windows(image: Floats, valid: Bools, size: int) -> Floats:
+    """Mean of the pixels that count, each as often as windows have it; NaN where none counts."""
+    ny, nx = (n // size for n in image.shape)
+    valid = valid[: ny * size, : nx * size]
+    total: npt.NDArray[np.floating] = np.where(valid, image[: ny * size, : nx * size], 0)
+    number: npt.NDArray[np.floating] = valid.astype(np.float32)
+    for _ in range(size.bit_length() - 1):
+        total, number = overlapping(total) / 16, overlapping(number) / 16
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.asarray(total / number, dtype=np.float32)
+
+
 def rolling_factor(subtract: Floats, halvings: list[Halving]) -> Floats:
     """Give the standard error of `rolling`: shape from counts, scale from noise put through the kernel.
 
