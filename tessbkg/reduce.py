@@ -53,7 +53,7 @@ CEILING: Final = 4e4
 """Light, electron s-1, from which on a pixel is saturated: `whole` gives no value of its bin then, and no
 statistic one as large."""
 
-RESPONSE_SHARE: Final = {"median": 0.2, "clipped": 0.2, "rolling": 0.3}
+RESPONSE_SHARE: Final = {"median": 0.23, "clipped": 0.2, "rolling": 0.3}
 """Error of what moved stars add to statistics that are no means, as a share of it; measured on simulated
 frames."""
 

@@ -337,14 +337,15 @@ def test_moved_stars_are_taken_off_and_told_in_the_error(statistic):
     ("kind", "bars", "spread"),
     [
         # rms of `whole` in quiet frames at bins of 16 and 8 pixels, electron s-1 (noise alone: 0.025, 0.048),
-        # and how far the spread of z of all frames is from 1
-        ("orbit", (0.042, 0.070), 0.05),
-        ("smooth", (0.042, 0.070), 0.05),
-        ("glint", (0.042, 0.070), 0.10),
-        ("moon", (0.042, 0.070), 0.10),
-        ("few_dark", (0.070, 0.100), 0.10),
-        ("drift", (0.110, 0.170), 0.20),
-        ("crowded", (0.110, 0.170), 0.18),
+        # and how far the spread of z of all frames is from 1 at bins of 4, 8, 16, 32, 64 pixels, None
+        # where that takes too long for every run
+        ("orbit", (0.042, 0.070), (0.07, 0.05, 0.05, 0.09, 0.11)),
+        ("smooth", (0.042, 0.070), (None, 0.05, 0.05, 0.06, None)),
+        ("glint", (0.042, 0.070), (None, 0.07, 0.12, 0.20, None)),
+        ("moon", (0.042, 0.070), (None, 0.05, 0.08, 0.12, None)),
+        ("few_dark", (0.070, 0.100), (None, 0.05, 0.07, 0.15, None)),
+        ("drift", (0.110, 0.170), (None, 0.11, 0.15, 0.15, None)),
+        ("crowded", (0.110, 0.170), (None, 0.18, 0.13, 0.12, None)),
     ],
 )
 def test_accuracy_on_simulated_frames(kind, bars, spread):
@@ -363,7 +364,10 @@ def test_accuracy_on_simulated_frames(kind, bars, spread):
     zero = np.mean(
         [simulate.light(sim, i) for i, level in levels.items() if level < min(levels.values()) + 0.01], axis=0
     )
-    for size, bar in zip((16, 8), bars, strict=True):
+    bar_of = dict(zip((16, 8), bars, strict=True))
+    for size, allowed in zip((4, 8, 16, 32, 64), spread, strict=True):
+        if allowed is None:
+            continue
         rms = {}
         for name in ("whole", "mean", "median", "clipped", "rolling"):
             plan = plan_reduction(
@@ -378,11 +382,14 @@ def test_accuracy_on_simulated_frames(kind, bars, spread):
             off = np.where(judged, value - light, 0)
             rms[name] = np.sqrt(np.mean(off**2, axis=(1, 2)))
             z = off[judged] / error[judged]
-            assert np.sqrt(np.mean(z**2)) == pytest.approx(1, abs=spread), (name, size)
-            if kind in {"orbit", "smooth", "glint"} and name == "whole":
-                assert np.abs(off[: len(quiet)].mean(axis=(1, 2))).max() < 0.004, size
-        assert rms["whole"][: len(quiet)].max() < bar
-        # `rolling` averages over neighbours, which helps where the light is smooth
+            assert np.sqrt(np.mean(z**2)) == pytest.approx(1, abs=allowed), (name, size)
+            if kind in {"orbit", "smooth", "glint"} and size in bar_of:
+                assert np.abs(off[: len(quiet)].mean(axis=(1, 2))).max() < 0.005, (name, size)
+        if size not in bar_of:
+            continue
+        assert rms["whole"][: len(quiet)].max() < bar_of[size]
+        # `rolling` averages over neighbours, which helps where the light is smooth,
         # and `mean` has nothing from near bright stars, which tells when they move far
         for name in ("median", "clipped") if kind == "drift" else ("mean", "median", "clipped"):
-            assert (rms["whole"] < rms[name]).all(), (name, size)
+            first = len(quiet) if kind == "drift" else 0
+            assert (rms["whole"] < rms[name])[first:].all(), (name, size)
