@@ -19,6 +19,7 @@ from timing import table
 KINDS = ("smooth", "orbit", "glint", "moon", "few_dark", "drift", "crowded")
 PRIOR_KINDS = ("smooth", "orbit")
 BINS = (16, 8)
+MORE_BINS = (4, 32, 64)  # error bars only
 PRIOR_DARK = 10  # tess-backml takes ten, of the darkest 3 %
 QUIET = 3.0  # electron s-1
 
@@ -73,7 +74,7 @@ def run(cache: Path, *, repeats: int, quick: bool, prior: str | None):
         order = good[np.argsort(survey["excess"].to_numpy()[good])]
         prior_dark = order[:PRIOR_DARK]
         judged = [i for i in good if names[i] not in scene.dark_frames and i not in prior_dark]
-        for size in BINS:
+        for size in BINS if quick else (*BINS, *MORE_BINS):
 
             def truth_of(chosen, size=size, truth=truth, place=place):
                 return np.stack([binned_truth(truth, place[name], size) for name in chosen])
@@ -92,7 +93,7 @@ def run(cache: Path, *, repeats: int, quick: bool, prior: str | None):
                 f"tessbkg {s}": score(*(np.stack(a) for a in zip(*pairs, strict=True)), ours, inside)
                 for s, pairs in results.items()
             }
-            for rolling in (True, False) if prior and kind in PRIOR_KINDS else ():
+            for rolling in (True, False) if prior and kind in PRIOR_KINDS and size in BINS else ():
                 paths = [str(urls[i]).removeprefix("file://") for i in [*prior_dark, *judged]]
                 cube = prior_cube(prior, cache, paths, range(PRIOR_DARK), size=size, rolling=rolling)
                 if cube is None:
@@ -121,4 +122,21 @@ def run(cache: Path, *, repeats: int, quick: bool, prior: str | None):
         f"among the dark ones; quiet: under {QUIET:.0f} electron s-1 of light; z is (value - truth) / error: "
         "1 for honest error bars."
     )
-    return figures, [table("Accuracy on simulated full-size frames", head, rows, note)]
+    rows = [row for row in rows if int(row[0].split("bin ")[1].split(":")[0]) in BINS]
+    return figures, [table("Accuracy on simulated full-size frames", head, rows, note), error_bars(figures)]
+
+
+def error_bars(figures):
+    """Make a table of z of each statistic by kind and bin."""
+    sizes = sorted({int(name.split()[-1]) for name in figures})
+    kinds = dict.fromkeys(name.split()[0] for name in figures)
+    statistics = [name for name in next(iter(figures.values())) if name.startswith("tessbkg")]
+    rows = [
+        (
+            f"{name.removeprefix('tessbkg ')}, {kind}",
+            *(f"{figures[f'{kind} bin {size}'][name]['z rms']:.2f}" for size in sizes),
+        )
+        for name in statistics
+        for kind in kinds
+    ]
+    return table("z, the rms of (value - truth) / error", ("", *(f"bin {n}" for n in sizes)), rows)

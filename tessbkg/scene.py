@@ -13,10 +13,10 @@ from typing import Final
 
 import numpy as np
 import numpy.typing as npt
-from numcodecs import BitRound
 from scipy import ndimage
 
 from tessbkg.ccd import STRAP_COLUMNS
+from tessbkg.geometry import round_bits
 from tessbkg.motion import (
     bins_of,
     displacement,
@@ -273,7 +273,7 @@ def _combine_moving(frames: list[Floats], noise: tuple[float, float]) -> tuple[F
         flux[rows], error[rows] = _combine(np.stack([frame[rows] for frame in frames]), noise)
     terms = scene_terms(flux)
     if len(frames) < 3:
-        return flux, error, terms  # not told well by any means
+        return flux, error, terms
     y, x = _places(shape)
     for turn in range(2):
         tracers = prepare_motion(flux, terms, noise)
@@ -303,7 +303,7 @@ def _combine_moving(frames: list[Floats], noise: tuple[float, float]) -> tuple[F
                 error, np.float32(SCENE_SHARE * expansion_error(typical)) * np.hypot(terms[0], terms[1])
             )
     for image in (error, *terms):
-        image[...] = BitRound(KEPT_BITS).encode(image).view(np.float32)
+        round_bits(image, KEPT_BITS)
     return flux, error, terms
 
 
