@@ -410,7 +410,8 @@ def measure_response(
         added[k] /= distance
         even[k] /= distance**2
     least, less = even[:2], even[2:4]
-    ratio = np.nanmean(least, axis=(1, 2)) / np.nanmean(less, axis=(1, 2))
+    with np.errstate(invalid="ignore", divide="ignore"):  # nothing where no star moves a bin
+        ratio = np.nanmean(least, axis=(1, 2)) / np.nanmean(less, axis=(1, 2))
     least[...] = less * np.clip(ratio, 0, 1)[:, None, None]
     parts = len(RESPONSE_DISTANCES), 2, *shape
     added, even, scatter = (np.nan_to_num(image).reshape(parts) for image in (added, even, scatter))

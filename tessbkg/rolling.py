@@ -93,9 +93,8 @@ def _prepare(there: Bools) -> Halving:
     sign = sign.reshape(rows // 2, columns // 2, 2, 2).transpose(0, 2, 1, 3).reshape(rows, columns)
     missing = np.flatnonzero(~there)
     more = (gone - 2 * negative).reshape(rows // 2, columns // 2)
-    balance = (
-        more[:-1, :-1] + more[:-1, 1:] + more[1:, :-1] + more[1:, 1:]
-    )  # 0 where none counts: that is NaN
+    # 0 where no pixel counts: the mean of two infinities, NaN.
+    balance = more[:-1, :-1] + more[:-1, 1:] + more[1:, :-1] + more[1:, 1:]
     side = np.clip(-balance, -1, 1).astype(np.int8)
     single = np.flatnonzero(np.abs(balance) > 1)
     return Halving((rows, columns), missing, sign.reshape(-1)[missing], side, single)
