@@ -26,11 +26,12 @@ def raw_read(urls, ends, options):
     from tessbkg.tasks import READ_AHEAD
 
     fs, _ = filesystem(urls[0], source_options(urls[0], options))
+
+    def read(url, end):
+        return len(fs.cat_file(path_of(fs, url), start=0, end=end))
+
     with ThreadPoolExecutor(READ_AHEAD) as pool:
-        jobs = [
-            pool.submit(fs.cat_file, path_of(fs, u), start=0, end=e) for u, e in zip(urls, ends, strict=True)
-        ]
-        return sum(len(job.result()) for job in jobs)
+        return sum(pool.map(read, urls, ends))
 
 
 def naive(urls, options, scene, masked, out, *, size=16):
