@@ -136,8 +136,10 @@ def peak():
     status = Path("/proc/self/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
-root, store, dark = sys.argv[1], sys.argv[2], int(sys.argv[3])
-plan = planning.plan_build(store, root=root, sector=1, camera=1, ccd=4, dark_frames=dark)
+root, store, dark, statistic = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4]
+plan = planning.plan_build(
+    store, root=root, sector=1, camera=1, ccd=4, dark_frames=dark, statistic=statistic
+)
 create_group(plan.job.group, plan.fields)
 survey = jobs._survey_step(plan.job, plan.frames, None, lambda *_: None)
 work.make_scene_group(plan.job)
@@ -151,10 +153,10 @@ print(json.dumps([scene, *peaks]))
 """
 
 
-def peaks(root, store, dark: int) -> list[int]:
+def peaks(root, store, dark: int, statistic: str = "whole") -> list[int]:
     """Peak memory of a process after the scene and after each shard."""
     done = subprocess.run(
-        [sys.executable, "-c", PROCESS, str(root), str(store), str(dark)],
+        [sys.executable, "-c", PROCESS, str(root), str(store), str(dark), statistic],
         check=True,
         capture_output=True,
         text=True,
@@ -168,11 +170,12 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="/proc and malloc as 
 
 @linux
 @pytest.mark.slow
-def test_worker_stays_below_700_mb(tmp_path):
+@pytest.mark.parametrize("statistic", ["whole", "rolling"])
+def test_worker_stays_below_700_mb(tmp_path, statistic):
     made = tmp_path / "made"
     simulate(str(made), frames=4, ffir=False, **CCD1)
     links(tmp_path / "sky", sorted(made.glob("ffi/**/*_ffic.fits")), 24)
-    scene, shard = peaks(tmp_path / "sky", tmp_path / "out.zarr", Options().dark_frames)
+    scene, shard = peaks(tmp_path / "sky", tmp_path / "out.zarr", Options().dark_frames, statistic)
     assert scene < 700e6, scene
     assert shard < 700e6, shard
 
