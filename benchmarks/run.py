@@ -1,8 +1,9 @@
 """Measure tessbkg against other ways of doing the same; print tables, keep figures as JSON.
 
-    python benchmarks/run.py                       everything, about 20 minutes on 2 cores
+    python benchmarks/run.py                       everything, about 25 minutes on 2 cores
     python benchmarks/run.py --quick               a look at everything, about 5 minutes
     python benchmarks/run.py --sections kernel,scale --repeats 9
+    python benchmarks/run.py --sections link       through a slow link, as root (see link.py)
 
 Needs `pip install tessbkg[test] bottleneck photutils scikit-image`, no network but for the first run of the
 sections `accuracy`, `build` and `targets`, which install tess-backml into an environment of its own
@@ -27,6 +28,7 @@ for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
 from data import environment, write_json
 
 SECTIONS = ("kernel", "accuracy", "build", "reads", "targets", "scale", "startup")
+UNASKED = ("link",)  # what is not done unless it is named
 PRIOR = "tess-backml==0.3.3"
 
 
@@ -84,14 +86,15 @@ def main():
     parser.add_argument("--prior-python", help="Python of an environment that has tess-backml 0.3.3")
     arguments = parser.parse_args()
     wanted = arguments.sections.split(",")
-    if unknown := set(wanted) - set(SECTIONS):
-        parser.error(f"unknown section {sorted(unknown)[0]!r}: allowed are {', '.join(SECTIONS)}")
+    every = (*SECTIONS, *UNASKED)
+    if unknown := set(wanted) - set(every):
+        parser.error(f"unknown section {sorted(unknown)[0]!r}: allowed are {', '.join(every)}")
     environment()
     arguments.cache.mkdir(parents=True, exist_ok=True)
     repeats = arguments.repeats or (3 if arguments.quick else 7)
     results = {"machine": machine(), "quick": arguments.quick, "repeats": repeats}
     tables = []
-    for name in SECTIONS:
+    for name in every:
         if name not in wanted:
             continue
         print(f"{name} ...", flush=True)
@@ -99,7 +102,7 @@ def main():
         options = {}
         if name in {"accuracy", "build", "targets"}:
             options["prior"] = prior_python(arguments.cache, arguments.prior_python)
-        if name in {"build", "reads"}:
+        if name in {"build", "reads", "link"}:
             options["servers_wanted"] = tuple(arguments.servers.split(","))
         figures, printed = __import__(name).run(
             arguments.cache, repeats=repeats, quick=arguments.quick, **options
