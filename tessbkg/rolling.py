@@ -167,7 +167,7 @@ def _medians(values: Floats) -> Floats:
 
 def overlapping(image: npt.NDArray[np.generic]) -> npt.NDArray[np.floating]:
     """Sum over the windows of one halving."""
-    sums: npt.NDArray[np.floating] = np.pad(image, 1).astype(np.float32)
+    sums: npt.NDArray[np.floating] = np.pad(image, 1).astype(np.float32, copy=False)
     for _ in range(2):
         sums = sums[::2] + sums[1::2]
         sums = (sums[:-1] + sums[1:]).T
@@ -178,12 +178,17 @@ def mean_of_windows(image: Floats, valid: Bools, size: int) -> Floats:
     """Mean of the pixels that count, each as often as windows have it; NaN where none counts."""
     ny, nx = (n // size for n in image.shape)
     valid = valid[: ny * size, : nx * size]
-    total: npt.NDArray[np.floating] = np.where(valid, image[: ny * size, : nx * size], 0)
-    number: npt.NDArray[np.floating] = valid.astype(np.float32)
-    for _ in range(size.bit_length() - 1):
-        total, number = overlapping(total) / 16, overlapping(number) / 16
+    total = _share(np.where(valid, image[: ny * size, : nx * size], 0), size)
     with np.errstate(invalid="ignore", divide="ignore"):
-        return np.asarray(total / number, dtype=np.float32)
+        return np.asarray(total / _share(valid, size), dtype=np.float32)
+
+
+def _share(image: npt.NDArray[np.generic], size: int) -> npt.NDArray[np.floating]:
+    """Mean over the windows of all halvings down to bins of `size` pixels, 0 beyond the edges."""
+    share: npt.NDArray[np.generic] = image
+    for _ in range(size.bit_length() - 1):
+        share = overlapping(share) / 16
+    return np.asarray(share, dtype=np.float32)
 
 
 def rolling_factor(subtract: Floats, halvings: list[Halving]) -> Floats:
@@ -197,9 +202,7 @@ def rolling_factor(subtract: Floats, halvings: list[Halving]) -> Floats:
     hidden = subtract[:rows, :columns].copy()
     valid = np.isfinite(hidden)
     hidden[valid] = 0
-    weight: npt.NDArray[np.floating] = valid.astype(np.float32)
-    for _ in halvings:
-        weight = overlapping(weight) / 16
+    weight = _share(valid, 2 ** len(halvings))
     if not weight.any():
         return np.full(weight.shape, np.nan, dtype=np.float32)
     n = np.where(weight > 0, weight * 4 ** len(halvings), np.nan)
