@@ -52,7 +52,7 @@ light with sharp edges does not go away on bins of 32 pixels."""
 
 KEPT_BITS: Final = 8
 """Bits of the mantissa of terms and errors of the scene that are kept, 0.2 per cent, far less than they are
-good to: what every worker reads of the scene is less than half without the others."""
+good to: a scene of full size compresses to 59 MB instead of 100, and every worker reads it."""
 
 SCENE_SHARE: Final = 0.7
 """Error of the scene where stars moved, over that of a frame whose stars moved like those of the dark

@@ -384,7 +384,8 @@ def test_accuracy_on_simulated_frames(kind, bars, spread):
             z = off[judged] / error[judged]
             assert np.sqrt(np.mean(z**2)) == pytest.approx(1, abs=allowed), (name, size)
             if kind in {"orbit", "smooth", "glint"} and size in bar_of:
-                assert np.abs(off[: len(quiet)].mean(axis=(1, 2))).max() < 0.005, (name, size)
+                most = 0.004 if name == "whole" else 0.005
+                assert np.abs(off[: len(quiet)].mean(axis=(1, 2))).max() < most, (name, size)
         if size not in bar_of:
             continue
         assert rms["whole"][: len(quiet)].max() < bar_of[size]
