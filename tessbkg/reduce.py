@@ -21,12 +21,12 @@ from tessbkg.motion import (
     bins_of,
     displacement,
     distance_of,
-    expand,
     expansion_error,
     measure_response,
     place,
     prepare_motion,
     scene_terms,
+    take_off,
 )
 from tessbkg.rolling import (
     Halving,
@@ -60,17 +60,19 @@ frames."""
 LEAST_MEDIAN: Final = 4
 """Medians of smaller bins follow moved stars like means."""
 
+STRUCTURE_SIZES: Final = (4, 8, 16, 32, 64)
+
 STRUCTURE: Final = {
-    "whole": (0.025, 0.2),
-    "mean": (0.04, 0.2),
-    "median": (0.09, 0.0),
-    "clipped": (0.03, 0.1),
-    "rolling": (0.19, 0.0),
-    "sparse": (1.0, 0.0),
+    "whole": ((0.05, 0.05, 0.025, 0.0125, 0.0034), (0.4, 0.4, 0.2, 0.1, 0.027)),
+    "mean": ((0.31, 0.072, 0.042, 0.028, 0.018), (0.2, 0.2, 0.2, 0.2, 0.2)),
+    "median": ((0.10, 0.12, 0.12, 0.094, 0.072), (0.0, 0.0, 0.0, 0.0, 0.0)),
+    "clipped": ((0.043, 0.077, 0.066, 0.033, 0.023), (0.1, 0.1, 0.1, 0.1, 0.1)),
+    "rolling": ((0.163, 0.157, 0.131, 0.099, 0.21), (0.0, 0.0, 0.0, 0.0, 0.0)),
+    "sparse": ((1.0, 1.0, 1.0, 1.0, 1.0), (0.0, 0.0, 0.0, 0.0, 0.0)),
 }
-"""Error of a bin where light has structure, as a share of its second differences from bin to bin: a constant,
-and what comes with the share of masked pixels. Measured on simulated frames with and without sharp glints at
-bins of 4 to 64 pixels; for `whole` it goes with the inverse of the size of bins, up to twice this."""
+"""Error of a bin where light has structure, as a share of its second differences from bin to bin, by the size
+of bins, STRUCTURE_SIZES: a constant, and what comes with the share of masked pixels. Fitted to simulated
+frames, smooth and with glints, sparse and rich in dark ones."""
 
 ROLLING_SHARE: Final = 0.03
 """Error of medians of medians of unevenly masked windows, as a share of the change of the light from bin to
@@ -382,10 +384,9 @@ def _take_motion_off(value: Floats, flux: Floats, plan: Plan) -> Floats:
     moved = plan.motion.fit(flux, value.reshape(-1)[at], plan.noise)
     y, x = (np.arange(n) * plan.size + (plan.size - 1) / 2 for n in plan.shape)
     y, x = place(y, flux.shape[0])[:, None], place(x, flux.shape[1])
-    left = np.float32(expansion_error(distance_of(moved))) * plan.blur
     if plan.star_response is None:
-        value -= expand(moved, plan.terms, y, x)
-        return left
+        return take_off(value, moved, (y, x), terms=plan.terms, blur=plan.blur)
+    left = np.float32(expansion_error(distance_of(moved))) * plan.blur
     added, variance = plan.star_response.at(*displacement(moved.astype(np.float32), y, x))
     value -= added
     return np.asarray(np.hypot(left, np.sqrt(variance)))
@@ -407,10 +408,9 @@ def _bend(value: Floats, variance: Floats, statistic: str) -> Floats:
 
 def _structure(statistic: str, size: int, used: npt.NDArray[np.intp]) -> Floats:
     """Variance of bins where light has structure, over its squared second differences."""
-    constant, masked = STRUCTURE[statistic]
-    if statistic == "whole":
-        scale = min(16 / size, 2.0)
-        constant, masked = scale * constant, scale * masked
+    constant, masked = (
+        np.float32(np.interp(np.log2(size), np.log2(STRUCTURE_SIZES), part)) for part in STRUCTURE[statistic]
+    )
     share = constant + masked * (1 - used / np.float32(size**2))
     return np.asarray(np.square(share), dtype=np.float32)
 

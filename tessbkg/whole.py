@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import sparse
 
-from tessbkg.motion import TERMS, Motion, bins_of, displacement, distance_of, expand, expansion_error, place
+from tessbkg.motion import TERMS, Motion, bins_of, displacement, place, take_off
 
 Floats = npt.NDArray[np.float32]
 Bools = npt.NDArray[np.bool_]
@@ -353,7 +353,6 @@ def reduce_whole(flux: Floats, plan: Whole, motion: Motion) -> list[tuple[Floats
     outliers = _outliers(flux, plan, sums, highest, moved)
     y, x = (np.arange(n) * size + (size - 1) / 2 for n in plan.shape)
     y, x = place(y, rows)[:, None], place(x, columns)
-    off = np.float32(expansion_error(distance_of(moved)))
     means = [(plan.strict, mean)]
     if plan.lenient is not None and more is not None:
         means.append((plan.lenient, _mean(more, None, plan.lenient)))
@@ -363,8 +362,8 @@ def reduce_whole(flux: Floats, plan: Whole, motion: Motion) -> list[tuple[Floats
         if lost is not None and selection is plan.strict:
             _replace_lost(donated, mean, plan)
         value = _interpolated(mean, donated, plan, selection, outliers)
-        value -= expand(moved, selection.terms, y, x)
-        found.append((value, off * selection.blur))
+        error = take_off(value, moved, (y, x), terms=selection.terms, blur=selection.blur)
+        found.append((value, error))
     return found
 
 
