@@ -384,8 +384,9 @@ class Response:
                 here += share * (self.added[k + 1, axis] - self.added[k, axis])
                 even += share * (self.even[k + 1, axis] - self.even[k, axis])
                 noise += share * (self.noise[k + 1, axis] - self.noise[k, axis])
-            added += distance * (here + distance * even)
-            variance += distance**2 * (noise + np.float32(self.share**2) * here**2)
+            even *= distance
+            added += distance * (here + even)
+            variance += distance**2 * (noise + np.float32(self.share**2) * (here**2 + even**2))
         return added, variance
 
 

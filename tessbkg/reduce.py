@@ -53,7 +53,7 @@ CEILING: Final = 4e4
 """Light, electron s-1, from which on a pixel is saturated: `whole` gives no value of its bin then, and no
 statistic one as large."""
 
-RESPONSE_SHARE: Final = {"median": 0.23, "clipped": 0.2, "rolling": 0.3}
+RESPONSE_SHARE: Final = {"median": 0.23, "clipped": 0.2, "rolling": 0.4}
 """Error of what moved stars add to statistics that are no means, as a share of it; measured on simulated
 frames."""
 
@@ -64,10 +64,10 @@ STRUCTURE_SIZES: Final = (4, 8, 16, 32, 64)
 
 STRUCTURE: Final = {
     "whole": ((0.05, 0.05, 0.025, 0.0125, 0.0034), (0.4, 0.4, 0.2, 0.1, 0.027)),
-    "mean": ((0.31, 0.072, 0.042, 0.028, 0.018), (0.2, 0.2, 0.2, 0.2, 0.2)),
+    "mean": ((0.31, 0.072, 0.042, 0.028, 0.020), (0.2, 0.2, 0.2, 0.2, 0.2)),
     "median": ((0.10, 0.12, 0.12, 0.094, 0.072), (0.0, 0.0, 0.0, 0.0, 0.0)),
     "clipped": ((0.043, 0.077, 0.066, 0.033, 0.023), (0.1, 0.1, 0.1, 0.1, 0.1)),
-    "rolling": ((0.163, 0.157, 0.131, 0.099, 0.21), (0.0, 0.0, 0.0, 0.0, 0.0)),
+    "rolling": ((0.163, 0.157, 0.131, 0.104, 0.21), (0.0, 0.0, 0.0, 0.0, 0.0)),
     "sparse": ((1.0, 1.0, 1.0, 1.0, 1.0), (0.0, 0.0, 0.0, 0.0, 0.0)),
 }
 """Error of a bin where light has structure, as a share of its second differences from bin to bin, by the size
