@@ -50,10 +50,6 @@ CUBIC_ERROR: Final = 0.4
 """Error of the expansion as a share of its linear part: the first, and the second times the square of the
 distance (the third order that is left out); measured on simulated frames, stars of 2 pixels FWHM."""
 
-EVEN_SHARE: Final = 0.15
-"""Error of what motion adds forth and back alike, as a share of it, which neighbours have in common; measured
-on simulated frames whose stars move, sparse and crowded."""
-
 RESPONSE_DISTANCES: Final = (0.05, 0.25, 0.6)
 """Motions, in pixels, at which the response of medians to moved stars is measured."""
 
@@ -185,48 +181,15 @@ def expand(motion: npt.NDArray[np.floating], terms: Floats, y: Floats, x: Floats
     """Compute what a motion adds to pixels or bins with `terms` (5, ...) at y and x, electron s-1."""
     dy, dx = displacement(motion.astype(np.float32), y, x)
     added: Floats = dy * terms[0] + dx * terms[1]
-    added += _even(dy, dx, terms)
+    added += even_part(dy, dx, terms)
     return added
 
 
-def _even(dy: Floats, dx: Floats, terms: Floats) -> Floats:
-    """Give what a motion adds whether forth or back."""
+def even_part(dy: Floats, dx: Floats, terms: Floats) -> Floats:
+    """Compute what motion by dy and dx adds whether forth or back, electron s-1."""
     even: Floats = dy * (dy * terms[2] + dx * terms[3])
     even += dx * dx * terms[4]
     return even
-
-
-def take_off(
-    value: Floats,
-    motion: npt.NDArray[np.floating],
-    at: tuple[Floats, Floats],
-    *,
-    terms: Floats,
-    blur: Floats,
-) -> Floats:
-    """Take what a motion adds off means of pixels, in place.
-
-    Parameters
-    ----------
-    value : (ny, nx) float32, electron s-1
-        Changed.
-    motion : (6,) float
-    at : tuple of (ny, 1) and (nx,) float32
-        y and x.
-    terms : (5, ny, nx) float32
-        Means of those of the pixels.
-    blur : (ny, nx) float32
-        Error of the mean of pixels that are off by their slopes, electron s-1 per pixel.
-
-    Returns
-    -------
-    (ny, nx) float32
-        Error that is left: of pixels apart, and, of what all of them gain together, a share.
-    """
-    value -= expand(motion, terms, *at)
-    apart = np.float32(expansion_error(distance_of(motion))) * blur
-    together = _even(*displacement(motion.astype(np.float32), *at), terms)
-    return np.asarray(np.hypot(apart, np.float32(EVEN_SHARE) * together))
 
 
 def expansion_error(distance: float) -> float:

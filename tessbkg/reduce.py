@@ -21,12 +21,12 @@ from tessbkg.motion import (
     bins_of,
     displacement,
     distance_of,
+    expand,
     expansion_error,
     measure_response,
     place,
     prepare_motion,
     scene_terms,
-    take_off,
 )
 from tessbkg.rolling import (
     Halving,
@@ -365,6 +365,7 @@ def reduce_frame(flux: Floats, plan: Plan, flux_err: Floats | None = None) -> tu
         variance = np.where(np.isfinite(told), told, variance)
     with np.errstate(invalid="ignore"):
         variance += np.square(plan.scene_error)
+        plan.fill(value)  # structure beside a bin without pixels is seen, too
         bend = _bend(value, variance + np.square(moved), plan.statistic)
         uncertain = np.square(moved) + plan.structure[0] * bend
         if plan.lopsided is not None:
@@ -373,7 +374,8 @@ def reduce_frame(flux: Floats, plan: Plan, flux_err: Floats | None = None) -> tu
             _blend(value, uncertain, other, np.square(other_moved) + plan.structure[1] * bend)
         error = np.sqrt(variance + uncertain)
     error[np.isnan(value)] = np.nan
-    plan.fill(value)
+    if others:
+        plan.fill(value)
     plan.fill.errors(error)
     return value, error
 
@@ -384,9 +386,10 @@ def _take_motion_off(value: Floats, flux: Floats, plan: Plan) -> Floats:
     moved = plan.motion.fit(flux, value.reshape(-1)[at], plan.noise)
     y, x = (np.arange(n) * plan.size + (plan.size - 1) / 2 for n in plan.shape)
     y, x = place(y, flux.shape[0])[:, None], place(x, flux.shape[1])
-    if plan.star_response is None:
-        return take_off(value, moved, (y, x), terms=plan.terms, blur=plan.blur)
     left = np.float32(expansion_error(distance_of(moved))) * plan.blur
+    if plan.star_response is None:
+        value -= expand(moved, plan.terms, y, x)
+        return left
     added, variance = plan.star_response.at(*displacement(moved.astype(np.float32), y, x))
     value -= added
     return np.asarray(np.hypot(left, np.sqrt(variance)))
