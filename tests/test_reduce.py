@@ -283,6 +283,20 @@ def test_empty_bins_are_filled_smoothly(statistic):
     np.testing.assert_array_equal(value, reduce_frame(smooth, plan)[0])
 
 
+@pytest.mark.parametrize("statistic", STATISTICS)
+def test_errors_beside_an_empty_bin_know_of_structure(statistic):
+    light = np.tile(300 * np.exp(-(((np.arange(128) - 60) / 8) ** 2)), (128, 1)).astype(np.float32)
+    mask = np.zeros(light.shape, bool)
+    plans = []
+    for empty in (False, True):
+        mask[56:64, 48:56] = empty
+        plans.append(plan_reduction(np.zeros_like(light), mask, bin=8, statistic=statistic, noise=NOISE))
+    apart, beside = (reduce_frame(light, plan)[1][7] for plan in plans)
+    assert apart[7] > 5 * apart[1]  # on the ridge, and away from it
+    assert beside[7] > 0.7 * apart[7]
+    assert beside[5] > 0.7 * apart[5]
+
+
 def test_variance_of_the_median_by_monte_carlo():
     random = np.random.default_rng(0)
     for n in (1, 2, 3, 4, 5, 8, 15, 64, 257):
