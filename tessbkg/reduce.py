@@ -365,11 +365,13 @@ def reduce_frame(flux: Floats, plan: Plan, flux_err: Floats | None = None) -> tu
         variance = np.where(np.isfinite(told), told, variance)
     with np.errstate(invalid="ignore"):
         variance += np.square(plan.scene_error)
-        plan.fill(value)  # structure beside a bin without pixels is seen, too
-        bend = _bend(value, variance + np.square(moved), plan.statistic)
+        plan.fill(value)
+        # Structure is to be seen beside bins that are empty or saturated, too.
+        light = np.where(_saturated(value, flux, plan.size), np.float32(CEILING), value)
+        bend = _bend(value, light, variance + np.square(moved), plan.statistic)
         uncertain = np.square(moved) + plan.structure[0] * bend
         if plan.lopsided is not None:
-            uncertain += _uneven(value, plan.lopsided, ROLLING_SHARE if plan.statistic == "rolling" else 0)
+            uncertain += _uneven(light, plan.lopsided, ROLLING_SHARE if plan.statistic == "rolling" else 0)
         for other, other_moved in others:
             _blend(value, uncertain, other, np.square(other_moved) + plan.structure[1] * bend)
         error = np.sqrt(variance + uncertain)
@@ -395,18 +397,34 @@ def _take_motion_off(value: Floats, flux: Floats, plan: Plan) -> Floats:
     return np.asarray(np.hypot(left, np.sqrt(variance)))
 
 
-def _bend(value: Floats, variance: Floats, statistic: str) -> Floats:
-    """Squared second differences from bin to bin beyond what noise makes."""
-    bend = np.zeros_like(value)
-    for image, out in ((value, bend), (value.T, bend.T)):
-        if len(image) > 2:
-            second = np.square(image[2:] + image[:-2] - 2 * image[1:-1])
-            out[1:-1] += np.nan_to_num(second)
-    beyond = np.maximum(bend - NOTICED.get(statistic, NOTICED_OTHERS) * variance, 0)
+def _saturated(value: Floats, flux: Floats, size: int) -> npt.NDArray[np.bool_]:
+    """Bins that have no value because a pixel of them is saturated."""
+    found = np.isnan(value)
+    row, column = np.nonzero(found)
+    if row.size:
+        ny, nx = value.shape
+        pixels = flux[: ny * size, : nx * size].reshape(ny, size, nx, size)[row, :, column]
+        found[row, column] = (pixels >= CEILING).any(axis=(1, 2))
+    return found
+
+
+def _bend(value: Floats, light: Floats, variance: Floats, statistic: str) -> Floats:
+    """Squared second differences of the light beyond what noise makes, and of values, averaged."""
+    beyond = np.maximum(_second(light) - NOTICED.get(statistic, NOTICED_OTHERS) * variance, 0)
     if statistic in NOTICED_AROUND:
         least = NOTICED_AROUND[statistic] * np.nan_to_num(variance)
-        np.maximum(beyond, ndimage.uniform_filter(bend - least, AROUND, mode="nearest"), out=beyond)
+        around = ndimage.uniform_filter(_second(value) - least, AROUND, mode="nearest")
+        np.maximum(beyond, around, out=beyond)
     return np.asarray(beyond)
+
+
+def _second(value: Floats) -> Floats:
+    """Squared second differences from bin to bin; 0 for what is not known."""
+    second = np.zeros_like(value)
+    for image, out in ((value, second), (value.T, second.T)):
+        if len(image) > 2:
+            out[1:-1] += np.nan_to_num(np.square(image[2:] + image[:-2] - 2 * image[1:-1]))
+    return second
 
 
 def _structure(statistic: str, size: int, used: npt.NDArray[np.intp]) -> Floats:

@@ -297,6 +297,22 @@ def test_errors_beside_an_empty_bin_know_of_structure(statistic):
     assert beside[5] > 0.7 * apart[5]
 
 
+@pytest.mark.parametrize("statistic", STATISTICS)
+def test_errors_beside_a_saturated_bin_are_large_but_not_beside_a_lost_one(statistic):
+    flux, mask = random_case(6, (128, 128), 0.0)
+    plan = plan_reduction(np.zeros_like(flux), mask, bin=16, statistic=statistic, noise=NOISE)
+    plain = reduce_frame(flux, plan)[1]
+    bright, lost = flux.copy(), flux.copy()
+    bright[32:64, 32:64], lost[32:64, 32:64] = 1e5, np.nan
+    value, error = reduce_frame(bright, plan)
+    assert np.isnan(value).any()
+    assert error[2, 1] > 50
+    np.testing.assert_allclose(error[7], plain[7], rtol=0.2)
+    value, error = reduce_frame(lost, plan)
+    assert np.isnan(value).any()
+    assert error[2, 1] < 3 * plain[2, 1]
+
+
 def test_variance_of_the_median_by_monte_carlo():
     random = np.random.default_rng(0)
     for n in (1, 2, 3, 4, 5, 8, 15, 64, 257):
