@@ -180,9 +180,15 @@ def displacement(motion: npt.NDArray[np.floating], y: Floats, x: Floats) -> tupl
 def expand(motion: npt.NDArray[np.floating], terms: Floats, y: Floats, x: Floats) -> Floats:
     """Compute what a motion adds to pixels or bins with `terms` (5, ...) at y and x, electron s-1."""
     dy, dx = displacement(motion.astype(np.float32), y, x)
-    added: Floats = dy * terms[0] + dx * terms[1]
+    added = odd_part(dy, dx, terms)
     added += even_part(dy, dx, terms)
     return added
+
+
+def odd_part(dy: Floats, dx: Floats, terms: Floats) -> Floats:
+    """Compute what motion by dy and dx adds with the sign of the motion, electron s-1."""
+    odd: Floats = dy * terms[0] + dx * terms[1]
+    return odd
 
 
 def even_part(dy: Floats, dx: Floats, terms: Floats) -> Floats:

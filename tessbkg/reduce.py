@@ -62,17 +62,17 @@ LEAST_MEDIAN: Final = 4
 
 STRUCTURE_SIZES: Final = (4, 8, 16, 32, 64)
 
-STRUCTURE: Final = {
+STRUCTURE: Final[dict[str, tuple[npt.ArrayLike, npt.ArrayLike]]] = {
     "whole": ((0.05, 0.05, 0.025, 0.0125, 0.0034), (0.4, 0.4, 0.2, 0.1, 0.027)),
-    "mean": ((0.31, 0.072, 0.042, 0.028, 0.022), (0.2, 0.2, 0.2, 0.2, 0.2)),
-    "median": ((0.10, 0.12, 0.12, 0.094, 0.072), (0.0, 0.0, 0.0, 0.0, 0.0)),
-    "clipped": ((0.043, 0.077, 0.066, 0.033, 0.023), (0.1, 0.1, 0.1, 0.1, 0.1)),
-    "rolling": ((0.14, 0.15, 0.131, 0.104, 0.21), (0.0, 0.0, 0.0, 0.0, 0.0)),
-    "sparse": ((1.0, 1.0, 1.0, 1.0, 1.0), (0.0, 0.0, 0.0, 0.0, 0.0)),
+    "mean": ((0.31, 0.072, 0.042, 0.028, 0.022), 0.2),
+    "median": ((0.10, 0.12, 0.12, 0.094, 0.072), 0.0),
+    "clipped": ((0.043, 0.077, 0.066, 0.033, 0.023), 0.1),
+    "rolling": ((0.14, 0.15, 0.131, 0.104, 0.21), 0.0),
+    "sparse": (1.0, 0.0),
 }
-"""Error of a bin where light has structure, as a share of its second differences from bin to bin, by the size
-of bins, STRUCTURE_SIZES: a constant, and what comes with the share of masked pixels. Fitted to simulated
-frames, smooth and with glints, sparse and rich in dark ones."""
+"""Error of a bin where light has structure, as a share of its second differences from bin to bin: a constant,
+and what comes with the share of masked pixels, at STRUCTURE_SIZES or the same at all. Fitted to simulated
+frames with and without glints, with many and with few dark ones."""
 
 ROLLING_SHARE: Final = 0.03
 """Error of medians of medians of unevenly masked windows, as a share of the change of the light from bin to
@@ -367,7 +367,7 @@ def reduce_frame(flux: Floats, plan: Plan, flux_err: Floats | None = None) -> tu
         variance += np.square(plan.scene_error)
         plan.fill(value)
         # Structure is to be seen beside bins that are empty or saturated, too.
-        light = np.where(_saturated(value, flux, plan.size), np.float32(CEILING), value)
+        light = _with_saturated(value, flux, plan.size)
         bend = _bend(value, light, variance + np.square(moved), plan.statistic)
         uncertain = np.square(moved) + plan.structure[0] * bend
         if plan.lopsided is not None:
@@ -397,24 +397,27 @@ def _take_motion_off(value: Floats, flux: Floats, plan: Plan) -> Floats:
     return np.asarray(np.hypot(left, np.sqrt(variance)))
 
 
-def _saturated(value: Floats, flux: Floats, size: int) -> npt.NDArray[np.bool_]:
-    """Bins that have no value because a pixel of them is saturated."""
-    found = np.isnan(value)
-    row, column = np.nonzero(found)
-    if row.size:
-        ny, nx = value.shape
-        pixels = flux[: ny * size, : nx * size].reshape(ny, size, nx, size)[row, :, column]
-        found[row, column] = (pixels >= CEILING).any(axis=(1, 2))
-    return found
+def _with_saturated(value: Floats, flux: Floats, size: int) -> Floats:
+    """Values, with CEILING where there is none because a pixel is saturated; `value` itself if nowhere."""
+    row, column = np.nonzero(np.isnan(value))
+    ny, nx = value.shape
+    pixels = flux[: ny * size, : nx * size].reshape(ny, size, nx, size)[row, :, column]
+    saturated = (pixels >= CEILING).any(axis=(1, 2))
+    if not saturated.any():
+        return value
+    light = value.copy()
+    light[row[saturated], column[saturated]] = CEILING
+    return light
 
 
 def _bend(value: Floats, light: Floats, variance: Floats, statistic: str) -> Floats:
     """Squared second differences of the light beyond what noise makes, and of values, averaged."""
-    beyond = np.maximum(_second(light) - NOTICED.get(statistic, NOTICED_OTHERS) * variance, 0)
+    second = _second(value)
+    bend = second if light is value else _second(light)
+    beyond = np.maximum(bend - NOTICED.get(statistic, NOTICED_OTHERS) * variance, 0)
     if statistic in NOTICED_AROUND:
         least = NOTICED_AROUND[statistic] * np.nan_to_num(variance)
-        around = ndimage.uniform_filter(_second(value) - least, AROUND, mode="nearest")
-        np.maximum(beyond, around, out=beyond)
+        np.maximum(beyond, ndimage.uniform_filter(second - least, AROUND, mode="nearest"), out=beyond)
     return np.asarray(beyond)
 
 
@@ -429,8 +432,10 @@ def _second(value: Floats) -> Floats:
 
 def _structure(statistic: str, size: int, used: npt.NDArray[np.intp]) -> Floats:
     """Variance of bins where light has structure, over its squared second differences."""
+    sizes = np.log2(STRUCTURE_SIZES)
     constant, masked = (
-        np.float32(np.interp(np.log2(size), np.log2(STRUCTURE_SIZES), part)) for part in STRUCTURE[statistic]
+        np.float32(np.interp(np.log2(size), sizes, np.broadcast_to(part, sizes.shape)))
+        for part in STRUCTURE[statistic]
     )
     share = constant + masked * (1 - used / np.float32(size**2))
     return np.asarray(np.square(share), dtype=np.float32)

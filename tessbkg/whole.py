@@ -28,8 +28,8 @@ from tessbkg.motion import (
     displacement,
     distance_of,
     even_part,
-    expand,
     expansion_error,
+    odd_part,
     place,
 )
 
@@ -367,6 +367,7 @@ def reduce_whole(flux: Floats, plan: Whole, motion: Motion) -> list[tuple[Floats
     outliers = _outliers(flux, plan, sums, highest, moved)
     y, x = (np.arange(n) * size + (size - 1) / 2 for n in plan.shape)
     y, x = place(y, rows)[:, None], place(x, columns)
+    dy, dx = displacement(moved.astype(np.float32), y, x)
     apart = np.float32(expansion_error(distance_of(moved)))
     means = [(plan.strict, mean)]
     if plan.lenient is not None and more is not None:
@@ -377,8 +378,8 @@ def reduce_whole(flux: Floats, plan: Whole, motion: Motion) -> list[tuple[Floats
         if lost is not None and selection is plan.strict:
             _replace_lost(donated, mean, plan)
         value = _interpolated(mean, donated, plan, selection, outliers)
-        value -= expand(moved, selection.terms, y, x)
-        together = even_part(*displacement(moved.astype(np.float32), y, x), selection.terms)
+        together = even_part(dy, dx, selection.terms)
+        value -= odd_part(dy, dx, selection.terms) + together
         found.append((value, np.hypot(apart * selection.blur, np.float32(EVEN_SHARE) * together)))
     return found
 
