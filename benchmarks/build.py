@@ -22,13 +22,13 @@ WORKERS = 2
 
 def raw_read(urls, ends, options):
     """Read the bytes that a build reads, with its client and concurrency, and drop them; return how many."""
-    from tessbkg.storage import filesystem, path_of, source_options
+    from tessbkg.storage import filesystem, path_of, read_range, source_options
     from tessbkg.tasks import READ_AHEAD
 
     fs, _ = filesystem(urls[0], source_options(urls[0], options))
 
     def read(url, end):
-        return len(fs.cat_file(path_of(fs, url), start=0, end=end))
+        return len(read_range(fs, path_of(fs, url), 0, end))
 
     with ThreadPoolExecutor(READ_AHEAD) as pool:
         return sum(pool.map(read, urls, ends))

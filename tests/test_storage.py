@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import errno
 import itertools
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import aiohttp
 import botocore.exceptions
 import fsspec
 import pytest
 from fsspec.exceptions import FSTimeoutError
+from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given
 from hypothesis import strategies as st
 from multidict import CIMultiDict, CIMultiDictProxy
@@ -139,6 +142,8 @@ def answered(status):
         botocore.exceptions.ReadTimeoutError(endpoint_url="http://x"),
         botocore.exceptions.EndpointConnectionError(endpoint_url="http://x"),
         botocore.exceptions.ConnectionClosedError(endpoint_url="http://x"),
+        botocore.exceptions.IncompleteReadError(actual_bytes=1, expected_bytes=2),
+        botocore.exceptions.ResponseStreamingError(error="reset"),
     ],
 )
 def test_transient(error):
@@ -282,6 +287,75 @@ def test_refusal_and_absence_are_asked_once(hadro, public, proxy, protocol, *, s
     assert len(front.reads()) == 2
 
 
+@pytest.fixture
+def private(ministack) -> str:
+    """Return the path of `DATA` in a bucket of its owner."""
+    bucket = ministack.bucket()
+    ministack.filesystem().pipe(f"{bucket}/data", DATA)
+    return f"{bucket[5:]}/data"
+
+
+def owned(front, **options):
+    """Return a filesystem that signs its requests."""
+    return filesystem("s3://b", source_options("s3://b", {**front.options(), "anon": False, **options}))[0]
+
+
+def test_ranges_of_s3_are_signed_unless_anonymous(ministack, private, proxy):
+    front = proxy(ministack)
+    assert read_range(owned(front), private, 10, 500) == DATA[10:500]
+    with pytest.raises(FFIReadError, match="access denied"):
+        read_range(s3(front), private, 10, 500)
+    assert [entry.request.signed for entry in front.log] == [True, False]
+
+
+def test_credentials_come_from_a_profile_or_the_configuration_of_fsspec(
+    ministack, private, proxy, tmp_path, monkeypatch
+):
+    front = proxy(ministack)
+    (tmp_path / "keys").write_text("[mine]\naws_access_key_id = test\naws_secret_access_key = test\n")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "keys"))
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    assert read_range(owned(front, profile="mine"), private, 0, 9) == DATA[:9]
+    with pytest.raises(FFIReadError, match="Unable to locate credentials"):
+        read_range(owned(front), private, 0, 9)
+    monkeypatch.setitem(fsspec.config.conf, "s3", {"key": "test", "secret": "test"})
+    assert read_range(owned(front), private, 0, 9) == DATA[:9]
+    assert [entry.request.signed for entry in front.log] == [True, True]
+
+
+def test_options_of_s3_reach_the_client_of_ranges(hadro, public, proxy):
+    front = proxy(hadro)
+    more = {
+        "client_kwargs": {"region_name": "eu-west-1", "endpoint_url": "http://127.0.0.1:9"},
+        "config_kwargs": {"user_agent_extra": "tester", "connector_args": {"force_close": True}},
+        "s3_additional_kwargs": {"ExpectedBucketOwner": "123456789012", "ServerSideEncryption": "AES256"},
+    }
+    fs = owned(front, requester_pays=True, **more)
+    assert read_range(fs, public, 0, 9) == DATA[:9]
+    [entry] = front.log
+    headers = entry.request.headers
+    assert "/eu-west-1/s3/" in headers["authorization"]
+    assert headers["user-agent"].endswith("tester")
+    assert headers["x-amz-request-payer"] == "requester"
+    assert headers["x-amz-expected-bucket-owner"] == "123456789012"
+    assert "x-amz-server-side-encryption" not in headers
+
+
+def test_threads_share_one_client_and_read_side_by_side(hadro, public, proxy):
+    together = threading.Barrier(4)
+
+    def meet(request):  # nobody is answered before all have asked
+        together.wait(30)
+
+    front = proxy(hadro, meet)
+    with ThreadPoolExecutor(4) as pool:
+        got = list(pool.map(lambda i: read_range(s3(front), public, i, i + 9), range(4)))
+    assert got == [DATA[i : i + 9] for i in range(4)]
+    mine = [options for options in storage._s3_clients if front.endpoint_url in str(options)]
+    assert len(mine) == 1
+
+
 @pytest.mark.parametrize("after", [None, 5000])
 def test_a_stall_ends_with_the_timeout_and_heals(hadro, public, proxy, after):
     front = proxy(hadro, first(Fault("stall", seconds=60, after=after), 1))
@@ -402,7 +476,7 @@ def test_errors_of_the_program_are_not_taken_for_faults_of_a_frame(error, monkey
         read_ranges(fs, [("/nowhere", 0, 5)])
 
 
-class Short(fsspec.implementations.memory.MemoryFileSystem):
+class Short(MemoryFileSystem):
     """Answers short, so many times."""
 
     cachable = False
