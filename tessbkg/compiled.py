@@ -87,3 +87,26 @@ def middle_of_windows(image: Floats, side: npt.NDArray[np.int8], out: Floats) ->
                 both = np.float32(0.5) * (low + high)
                 out[i - 1, j] = low if side[i - 1, j] < 0 else high if side[i - 1, j] > 0 else both
         above, below = below, above
+
+
+@njit(nogil=True)
+def mean_of_blocks(image: Floats, out: Floats) -> None:
+    """Put the mean of each block of `image` that is not NaN into `out`, whose size says how large blocks are.
+
+    NaN where all of a block is.
+    """
+    size = image.shape[0] // out.shape[0]
+    total = np.empty(out.shape[1], dtype=np.float64)
+    number = np.empty(out.shape[1], dtype=np.float64)
+    for y in range(out.shape[0]):
+        total[:] = 0
+        number[:] = 0
+        for i in range(y * size, (y + 1) * size):
+            for x in range(out.shape[1]):
+                for j in range(x * size, (x + 1) * size):
+                    value = image[i, j]
+                    if value == value:  # noqa: PLR0124 (which NaN is not)
+                        total[x] += value
+                        number[x] += 1
+        for x in range(out.shape[1]):
+            out[y, x] = total[x] / number[x] if number[x] else np.nan

@@ -11,7 +11,7 @@ from typing import Final, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
-from scipy import ndimage, sparse
+from scipy import sparse
 from scipy.sparse.linalg import splu
 
 from tessbkg.motion import (
@@ -65,14 +65,19 @@ STRUCTURE_SIZES: Final = (4, 8, 16, 32, 64)
 STRUCTURE: Final[dict[str, tuple[npt.ArrayLike, npt.ArrayLike]]] = {
     "whole": ((0.05, 0.05, 0.025, 0.0125, 0.0034), (0.4, 0.4, 0.2, 0.1, 0.027)),
     "mean": ((0.31, 0.072, 0.042, 0.028, 0.022), 0.2),
-    "median": ((0.10, 0.12, 0.12, 0.094, 0.072), 0.0),
-    "clipped": ((0.043, 0.077, 0.066, 0.033, 0.023), 0.1),
-    "rolling": ((0.14, 0.15, 0.131, 0.104, 0.21), 0.0),
+    "median": ((0.078, 0.108, 0.126, 0.084, 0.044), 0.2),
+    "clipped": ((0.078, 0.108, 0.126, 0.056, 0.033), 0.2),
+    "rolling": ((0.465, 0.216, 0.126, 0.056, 0.044), 0.2),
     "sparse": (1.0, 0.0),
 }
 """Error of a bin where light has structure, as a share of its second differences from bin to bin: a constant,
 and what comes with the share of masked pixels, at STRUCTURE_SIZES or the same at all. Fitted to simulated
 frames with and without glints, with many and with few dark ones."""
+
+SKEW: Final = {"median": (0.7, 4.0), "clipped": (0.5, 8.0), "rolling": (1.0, 12.0)}
+"""Error of what is no mean, as a share of its difference to the mean of the same pixels, and from how many
+variances of the bin on the square of that counts: the light of such a bin is uneven, and the mean is what is
+wanted. Fitted to the same frames."""
 
 ROLLING_SHARE: Final = 0.03
 """Error of medians of medians of unevenly masked windows, as a share of the change of the light from bin to
@@ -82,17 +87,8 @@ AGREEMENT: Final = 4.0
 """Squared differences of the two values of a bin count for more than the errors of both from this many times
 their sum on; the stars are to blame then."""
 
-NOTICED: Final = {"rolling": 15.0}
-"""Squared second differences count from this many variances of a bin on, else from NOTICED_OTHERS: 12 is what
-noise makes, half of it where windows overlap."""
-
-NOTICED_OTHERS: Final = 80.0
-
-NOTICED_AROUND: Final = {"median": 15.6, "clipped": 15.6, "rolling": 7.8}
-"""For statistics that are no means, their averages over AROUND x AROUND bins count too, from this many on:
-light that is uneven at the level of the noise skews what they are of."""
-
-AROUND: Final = 5
+NOTICED: Final = 80.0
+"""Squared second differences count from this many variances of a bin on; 12 is what noise makes."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -316,7 +312,7 @@ def plan_reduction(  # noqa: C901, PLR0915 (one plan, many parts)
         terms,
         plan.noise,
         share=RESPONSE_SHARE[statistic],
-        kernel=lambda image: _statistic(image, plan),
+        kernel=lambda image: _statistic(image, plan)[0],
         spread=spread,
     )
     return replace(plan, star_response=measured)
@@ -352,10 +348,12 @@ def reduce_frame(flux: Floats, plan: Plan, flux_err: Floats | None = None) -> tu
         raise ValueError(f"frame of shape {flux.shape} does not fit a scene of shape {plan.subtract.shape}")
     flux = np.ascontiguousarray(flux, dtype=flux.dtype.newbyteorder("="))
     others: list[tuple[Floats, Floats]] = []
+    skew = None
     if plan.statistic == "whole" and plan.whole is not None:
         (value, moved), *others = reduce_whole(flux, plan.whole, plan.motion)
     else:
-        value = _statistic(flux, plan)
+        value, mean = _statistic(flux, plan)
+        skew = None if mean is None else value - mean
         value[value >= CEILING] = np.nan
         moved = _take_motion_off(value, flux, plan)
     variance = plan.still + plan.rise * np.maximum(value, 0)
@@ -368,8 +366,11 @@ def reduce_frame(flux: Floats, plan: Plan, flux_err: Floats | None = None) -> tu
         plan.fill(value)
         # Structure is to be seen beside bins that are empty or saturated, too.
         light = _with_saturated(value, flux, plan.size)
-        bend = _bend(value, light, variance + np.square(moved), plan.statistic)
+        quiet = variance + np.square(moved)
+        bend = np.maximum(_second(light) - NOTICED * quiet, 0)
         uncertain = np.square(moved) + plan.structure[0] * bend
+        if skew is not None:
+            uncertain += _skewed(skew, quiet, *SKEW[plan.statistic])
         if plan.lopsided is not None:
             uncertain += _uneven(light, plan.lopsided, ROLLING_SHARE if plan.statistic == "rolling" else 0)
         for other, other_moved in others:
@@ -410,15 +411,18 @@ def _with_saturated(value: Floats, flux: Floats, size: int) -> Floats:
     return light
 
 
-def _bend(value: Floats, light: Floats, variance: Floats, statistic: str) -> Floats:
-    """Squared second differences of the light beyond what noise makes, and of values, averaged."""
-    second = _second(value)
-    bend = second if light is value else _second(light)
-    beyond = np.maximum(bend - NOTICED.get(statistic, NOTICED_OTHERS) * variance, 0)
-    if statistic in NOTICED_AROUND:
-        least = NOTICED_AROUND[statistic] * np.nan_to_num(variance)
-        np.maximum(beyond, ndimage.uniform_filter(second - least, AROUND, mode="nearest"), out=beyond)
-    return np.asarray(beyond)
+def _skewed(skew: Floats, variance: Floats, share: float, least: float) -> Floats:
+    """Variance of bins by their difference to the mean, where one of the four neighbours has as much.
+
+    Light that is uneven goes on in the next bin; a cosmic ray or an asteroid does not.
+    """
+    square = np.nan_to_num(np.square(skew))
+    around = np.zeros_like(square)
+    for image, out in ((square, around), (square.T, around.T)):
+        np.maximum(out[1:], image[:-1], out=out[1:])
+        np.maximum(out[:-1], image[1:], out=out[:-1])
+    np.minimum(square, around, out=square)
+    return np.asarray(np.float32(share**2) * np.maximum(square - least * variance, 0))
 
 
 def _second(value: Floats) -> Floats:
@@ -492,11 +496,12 @@ def _blend(value: Floats, variance: Floats, other: Floats, other_variance: Float
     variance += share * (share * total - 2 * variance)  # (1 - share)^2 variance + share^2 other_variance
 
 
-def _statistic(flux: Floats, plan: Plan) -> Floats:
+def _statistic(flux: Floats, plan: Plan) -> tuple[Floats, Floats | None]:
+    """Values of bins, and the mean of the same pixels where values are something else."""
     if plan.statistic == "sparse":
-        return _sparse(flux, plan)
+        return _sparse(flux, plan), None
     if plan.whole is not None:
-        return mean_of_used(flux, plan.whole)
+        return mean_of_used(flux, plan.whole), None
     if plan.halvings:
         return reduce_rolling(flux, plan.subtract, plan.gain, plan.halvings)
     return _blockwise(flux, plan)
@@ -515,31 +520,33 @@ def _pixel_variance(flux: Floats, flux_err: Floats, plan: Plan) -> Floats:
     return _mean(np.where(used, variance, 0), counts, plan.size)
 
 
-def _blockwise(flux: Floats, plan: Plan) -> Floats:
-    """Statistics of whole bins, one row of bins at a time: the buffer stays in the processor's cache."""
+def _blockwise(flux: Floats, plan: Plan) -> tuple[Floats, Floats]:
+    """Statistics and means of bins, one row of bins at a time: the buffer stays in the processor's cache."""
     size, (ny, nx) = plan.size, plan.shape
     strip = np.empty((size, nx * size), dtype=np.float32)
-    pixels = np.empty((nx, size, size), dtype=np.float32)
-    flat = pixels.reshape(nx, size * size)
-    value = np.empty(plan.shape, dtype=np.float32)
+    buffer = np.zeros(nx * size * size + 1, dtype=np.float32)  # one more, where the last bin ends
+    flat = buffer[:-1].reshape(nx, size * size)
+    value, mean = np.empty((2, ny, nx), dtype=np.float32)
     statistic = _median if plan.statistic == "median" else _clipped
+    first = np.arange(nx) * size * size
     for j in range(ny):
         rows = slice(j * size, (j + 1) * size)
         np.subtract(flux[rows, : nx * size], plan.subtract[rows, : nx * size], out=strip)
         strip *= plan.gain[: nx * size]
-        pixels[...] = strip.reshape(size, nx, size).transpose(1, 0, 2)
-        value[j] = statistic(flat, plan.n_pixels[j])
-    return value
+        flat.reshape(nx, size, size)[...] = strip.reshape(size, nx, size).transpose(1, 0, 2)
+        # A full sort: NumPy's is vectorised and beats selection of the two middle values.
+        flat.sort(axis=1)  # finite values, then masked pixels (infinite), then NaN
+        counts = plan.n_pixels[j]
+        if np.isnan(flat[:, -1]).any():
+            counts = np.isfinite(flat).sum(axis=1)
+        value[j] = statistic(flat, counts)
+        ends = np.stack([first, first + counts], axis=1).reshape(-1)
+        mean[j] = np.add.reduceat(buffer, ends)[::2] / np.maximum(counts, 1)
+    return value, mean
 
 
 def _median(flat: Floats, counts: npt.NDArray[np.intp]) -> Floats:
-    """Median of the finite values of each row of `flat`, which is sorted in place.
-
-    A full sort: NumPy's is vectorised and beats selection of the two middle values.
-    """
-    flat.sort(axis=1)  # finite values, then masked pixels (infinite), then NaN
-    if np.isnan(flat[:, -1]).any():
-        counts = np.isfinite(flat).sum(axis=1)
+    """Median of the first `counts` values of each row, which are in order; NaN where there are none."""
     low, high = np.maximum((counts - 1) // 2, 0), counts // 2
     row = np.arange(len(flat))
     middle: Floats = (flat[row, low] + flat[row, np.minimum(high, flat.shape[1] - 1)]) / 2
@@ -550,7 +557,6 @@ def _median(flat: Floats, counts: npt.NDArray[np.intp]) -> Floats:
 def _clipped(flat: Floats, counts: npt.NDArray[np.intp]) -> Floats:
     """Mean within CLIP_SIGMA of the median; sigma from the quartiles (interquartile range / 1.349)."""
     centre = _median(flat, counts)
-    counts = np.isfinite(flat).sum(axis=1)
     row = np.arange(len(flat))
     last = np.maximum(counts - 1, 0)
     with np.errstate(invalid="ignore"):  # empty bins hold infinities only

@@ -100,7 +100,9 @@ def _prepare(there: Bools) -> Halving:
     return Halving((rows, columns), missing, sign.reshape(-1)[missing], side, single)
 
 
-def reduce_rolling(flux: Floats, subtract: Floats, gain: Floats, halvings: list[Halving]) -> Floats:
+def reduce_rolling(
+    flux: Floats, subtract: Floats, gain: Floats, halvings: list[Halving]
+) -> tuple[Floats, Floats]:
     """Subtract a scene from a frame, and halve what is left again and again.
 
     Parameters
@@ -115,12 +117,15 @@ def reduce_rolling(flux: Floats, subtract: Floats, gain: Floats, halvings: list[
 
     Returns
     -------
-    (ny, nx) float32
+    value : (ny, nx) float32
         NaN where no pixel counts.
+    mean : (ny, nx) float32
+        Mean over each bin of what the first halving gives.
     """
-    from tessbkg.compiled import middle_of_windows, subtract_pixels  # noqa: PLC0415 (slow to import)
+    from tessbkg.compiled import mean_of_blocks, middle_of_windows, subtract_pixels  # noqa: PLC0415 (slow)
 
     image, any_lost = np.empty((0, 0), dtype=np.float32), False
+    mean = np.empty(halvings[-1].side.shape, dtype=np.float32)
     for halving in halvings:
         padded = np.empty(halving.shape, dtype=np.float32)
         if halving is halvings[0]:
@@ -141,7 +146,9 @@ def reduce_rolling(flux: Floats, subtract: Floats, gain: Floats, halvings: list[
         at = 2 * (row * padded.shape[1] + column)
         offsets = np.add.outer(np.arange(4) * padded.shape[1], np.arange(4)).reshape(16, 1)
         image.reshape(-1)[single] = _medians(flat[at + offsets])
-    return image
+        if halving is halvings[0]:
+            mean_of_blocks(image, mean)
+    return image, mean
 
 
 def _windows_of(pixel: npt.NDArray[np.intp], halving: Halving) -> npt.NDArray[np.intp]:
@@ -209,6 +216,6 @@ def rolling_factor(subtract: Floats, halvings: list[Halving]) -> Floats:
     random = np.random.default_rng(0)
     one = np.ones(valid.shape[1], dtype=np.float32)
     images = (random.standard_normal(valid.shape, dtype=np.float32) for _ in range(8))
-    values = (reduce_rolling(image, hidden, one, halvings) for image in images)
+    values = (reduce_rolling(image, hidden, one, halvings)[0] for image in images)
     spread = np.mean([np.nanmean(np.square(value) * n) for value in values])
     return np.asarray(np.sqrt(spread / n), dtype=np.float32)
