@@ -63,11 +63,11 @@ LEAST_MEDIAN: Final = 4
 STRUCTURE_SIZES: Final = (4, 8, 16, 32, 64)
 
 STRUCTURE: Final[dict[str, tuple[npt.ArrayLike, npt.ArrayLike]]] = {
-    "whole": ((0.05, 0.05, 0.025, 0.0125, 0.0034), (0.4, 0.4, 0.2, 0.1, 0.027)),
+    "whole": ((0.05, 0.05, 0.025, 0.0125, 0.0034), (0.56, 0.56, 0.28, 0.14, 0.038)),
     "mean": ((0.31, 0.072, 0.042, 0.028, 0.022), 0.2),
     "median": ((0.078, 0.108, 0.126, 0.084, 0.044), 0.2),
-    "clipped": ((0.078, 0.108, 0.126, 0.056, 0.033), 0.2),
-    "rolling": ((0.465, 0.216, 0.126, 0.056, 0.044), 0.2),
+    "clipped": ((0.078, 0.108, 0.126, 0.056, 0.022), 0.2),
+    "rolling": ((0.465, 0.216, 0.1, 0.056, 0.044), 0.2),
     "sparse": (1.0, 0.0),
 }
 """Error of a bin where light has structure, as a share of its second differences from bin to bin: a constant,
