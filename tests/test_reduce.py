@@ -78,6 +78,16 @@ def test_compiled_loops_equal_numpy():
     expected = np.select([side < 0, side > 0], [low, high], np.float32(0.5) * (low + high))
     np.testing.assert_array_equal(middle, expected)
 
+    image = image[:16, :32]
+    image[4:9, 3:10] = np.nan  # all of one block, some of others
+    mean = np.empty((4, 8), dtype=np.float32)
+    compiled.mean_of_blocks(image, mean)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a mean of nothing
+        expected = np.nanmean(image.reshape(4, 4, 8, 4), axis=(1, 3), dtype=np.float64).astype(np.float32)
+    assert np.isnan(expected).sum() == 1
+    np.testing.assert_array_equal(mean, expected)
+
 
 @pytest.mark.parametrize("statistic", STATISTICS)
 def test_frames_as_astropy_reads_them(statistic):
@@ -311,6 +321,23 @@ def test_errors_beside_a_saturated_bin_are_large_but_not_beside_a_lost_one(stati
     assert reduce_frame(lost, plan)[1][2, 1] < 3 * plain[2, 1]
 
 
+@pytest.mark.parametrize("statistic", ["median", "clipped", "rolling"])
+def test_light_that_is_outvoted_is_told_in_the_error_but_not_an_outlier(statistic):
+    """A ridge that a minority of the pixels of many bins see, and a spot in one bin."""
+    flux, mask = random_case(7, (256, 256), 0.0)
+    plan = plan_reduction(np.zeros_like(flux), mask, bin=32, statistic=statistic, noise=NOISE)
+    plain = reduce_frame(flux, plan)[1]
+    ridge, spot = flux.copy(), flux.copy()
+    ridge[140:148] += 40
+    spot[140:146, 140:146] += 4000
+    (value, error), (before, _) = reduce_frame(ridge, plan), reduce_frame(flux, plan)
+    off = value[4] - before[4] - 40 * 8 / 32
+    assert np.abs(off).min() > 4
+    assert (np.abs(off) < 2.5 * error[4]).all()
+    np.testing.assert_allclose(error[7], plain[7], rtol=0.2)
+    assert (reduce_frame(spot, plan)[1] < 3 * plain).all()  # its mean is off by 140
+
+
 def test_variance_of_the_median_by_monte_carlo():
     random = np.random.default_rng(0)
     for n in (1, 2, 3, 4, 5, 8, 15, 64, 257):
@@ -362,21 +389,21 @@ def test_moved_stars_are_taken_off_and_told_in_the_error(statistic):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("kind", "bars", "spread"),
+    ("kind", "bars", "spread", "spread_of_whole"),
     [
-        # rms of `whole` in quiet frames at bins of 16 and 8 pixels, electron s-1 (noise alone: 0.025, 0.048),
-        # and how far the spread of z of all frames is from 1 at bins of 4, 8, 16, 32, 64 pixels, None
-        # where that takes too long for every run
-        ("orbit", (0.042, 0.070), (0.08, 0.06, 0.05, 0.05, 0.09)),
-        ("smooth", (0.042, 0.070), (None, 0.05, 0.07, 0.13, None)),
-        ("glint", (0.042, 0.070), (None, 0.05, 0.05, 0.07, None)),
-        ("moon", (0.042, 0.070), (None, 0.05, 0.08, 0.08, None)),
-        ("few_dark", (0.070, 0.100), (None, 0.05, 0.08, 0.09, None)),
-        ("drift", (0.110, 0.170), (None, 0.12, 0.15, 0.14, None)),
-        ("crowded", (0.110, 0.170), (None, 0.13, 0.11, 0.15, None)),
+        # rms of `whole` in quiet frames at bins of 16 and 8 pixels, electron s-1 (noise alone: 0.025, 0.048);
+        # how far the spread of z of all frames is from 1 at bins of 4, 8, 16, 32, 64 pixels for any
+        # statistic, None where that takes too long for every run; and the same for `whole` at all of these
+        ("orbit", (0.042, 0.070), (0.09, 0.08, 0.07, 0.06, 0.09), 0.03),
+        ("smooth", (0.042, 0.070), (None, 0.09, 0.07, 0.13, None), 0.03),
+        ("glint", (0.042, 0.070), (None, 0.05, 0.05, 0.05, None), 0.03),
+        ("moon", (0.042, 0.070), (None, 0.10, 0.16, 0.11, None), 0.06),
+        ("few_dark", (0.070, 0.100), (None, 0.06, 0.16, 0.17, None), 0.06),
+        ("drift", (0.110, 0.170), (None, 0.17, 0.18, 0.14, None), 0.10),
+        ("crowded", (0.110, 0.170), (None, 0.10, 0.09, 0.08, None), 0.09),
     ],
 )
-def test_accuracy_on_simulated_frames(kind, bars, spread):
+def test_accuracy_on_simulated_frames(kind, bars, spread, spread_of_whole):
     """On a seed that no constant was tuned on."""
     sim = simulate.Simulation(frames=24, seed=7, model=simulate.KINDS[kind])
     dark = [0, 1, 2, 3, 4, 13, 14, 15, 16, 18]
@@ -410,7 +437,8 @@ def test_accuracy_on_simulated_frames(kind, bars, spread):
             off = np.where(judged, value - light, 0)
             rms[name] = np.sqrt(np.mean(off**2, axis=(1, 2)))
             z = off[judged] / error[judged]
-            assert np.sqrt(np.mean(z**2)) == pytest.approx(1, abs=allowed), (name, size)
+            within = spread_of_whole if name == "whole" else allowed
+            assert np.sqrt(np.mean(z**2)) == pytest.approx(1, abs=within), (name, size)
             if kind in {"orbit", "smooth", "glint"} and size in bar_of:
                 most = 0.004 if name == "whole" else 0.005
                 assert np.abs(off[: len(quiet)].mean(axis=(1, 2))).max() < most, (name, size)
