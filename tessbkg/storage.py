@@ -10,18 +10,17 @@ import errno
 import functools
 import itertools
 import logging
-import os
 import random
 import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import closing
 from typing import Any, Final, TypeVar
 
 import fsspec
 from fsspec.core import url_to_fs
 
+from tessbkg import s3
 from tessbkg.errors import FFIMissingError, FFIReadError
 
 logger = logging.getLogger(__name__)
@@ -52,9 +51,6 @@ SECRETS: Final = frozenset(
     {"key", "secret", "token", "password", "username", "account_key", "sas_token", "connection_string"}
     | {"aws_access_key_id", "aws_secret_access_key", "aws_session_token", "headers", "auth"}
 )
-
-AIOHTTP: Final = frozenset({"connector_args", "http_session_cls"})
-"""What `config_kwargs` of s3fs can hold for aiohttp, which botocore does not know."""
 
 S3_PROTOCOLS: Final = ("s3", "s3a")
 
@@ -345,75 +341,16 @@ def read_range(fs: Any, path: str, start: int, end: int) -> bytes:
 
 
 def _range(fs: Any, path: str, start: int, end: int) -> bytes:
-    get = _get_s3 if getattr(fs, "protocol", None) == S3_PROTOCOLS else _get
     try:
-        data = get(fs, path, start, end)
+        if getattr(fs, "protocol", None) == S3_PROTOCOLS:
+            data = s3.get_range(fs, path, start, end)
+        else:
+            data = bytes(fs.cat_file(path, start=start, end=end))
     except Exception as error:
         if is_past_end(error):
             return b""
         raise
     return _cut(data, start, end)
-
-
-def _get(fs: Any, path: str, start: int, end: int) -> bytes:
-    return bytes(fs.cat_file(path, start=start, end=end))
-
-
-def _get_s3(fs: Any, path: str, start: int, end: int) -> bytes:
-    """GET from S3 with botocore's own client, which s3fs wraps for one thread of coroutines.
-
-    A frame costs half the processor time so, and threads read side by side.
-    """
-    from botocore.exceptions import ClientError  # noqa: PLC0415 (only for S3)
-    from s3fs.errors import translate_boto_error  # noqa: PLC0415
-
-    bucket, key, _ = fs.split_path(path)
-    client, arguments = _s3_client(fs)
-    try:
-        answer = client.get_object(Bucket=bucket, Key=key, Range=f"bytes={start}-{end - 1}", **arguments)
-    except ClientError as error:
-        raise translate_boto_error(error) from error
-    with closing(answer["Body"]) as body:
-        return bytes(body.read())
-
-
-_s3_clients: Final[dict[Any, tuple[Any, dict[str, Any]]]] = {}
-_s3_lock: Final = threading.Lock()
-
-
-def _s3_client(fs: Any) -> tuple[Any, dict[str, Any]]:
-    """Client of botocore with the options of an s3fs filesystem, and what it adds to every request.
-
-    The threads of a process share it; a process that was forked makes its own.
-    """
-    options = os.getpid(), freeze(fs.storage_options)
-    with _s3_lock:
-        if options not in _s3_clients:
-            _s3_clients[options] = _new_s3_client(fs)
-        return _s3_clients[options]
-
-
-def _new_s3_client(fs: Any) -> tuple[Any, dict[str, Any]]:
-    from botocore import UNSIGNED  # noqa: PLC0415 (only for S3)
-    from botocore.config import Config  # noqa: PLC0415
-    from botocore.session import Session  # noqa: PLC0415
-
-    given = {
-        "endpoint_url": fs.endpoint_url,
-        "aws_access_key_id": fs.key,
-        "aws_secret_access_key": fs.secret,
-        "aws_session_token": fs.token,
-    }
-    given = {name: value for name, value in given.items() if value is not None}
-    arguments = {"use_ssl": fs.use_ssl, **fs.client_kwargs, **given}  # the order of s3fs
-    config = {name: value for name, value in fs.config_kwargs.items() if name not in AIOHTTP}
-    if fs.anon:
-        arguments = {name: value for name, value in arguments.items() if not name.startswith("aws_")}
-        config["signature_version"] = UNSIGNED
-    client = Session(**fs.kwargs).create_client("s3", config=Config(**config), **arguments)
-    known = client.meta.service_model.operation_model("GetObject").input_shape.members
-    extra = {**fs.s3_additional_kwargs, **fs.req_kw}
-    return client, {name: value for name, value in extra.items() if name in known}
 
 
 def read_rest(fs: Any, path: str, start: int, end: int) -> bytes:

@@ -352,7 +352,7 @@ def test_threads_share_one_client_and_read_side_by_side(hadro, public, proxy):
     with ThreadPoolExecutor(4) as pool:
         got = list(pool.map(lambda i: read_range(s3(front), public, i, i + 9), range(4)))
     assert got == [DATA[i : i + 9] for i in range(4)]
-    mine = [options for options in storage._s3_clients if front.endpoint_url in str(options)]
+    mine = [options for options in storage.s3._clients if front.endpoint_url in str(options)]
     assert len(mine) == 1
 
 
