@@ -169,7 +169,7 @@ def study_table(frame_cpu, **study):
         f"On paper: 16 CCDs x {SECTOR_FRAMES:,} frames of 200 s = {total / 1e12:.2f} TB, on 50 workers",
         ("", "processor, min", "network, min", "wall, min", "what binds", "core hours"),
         rows,
-        "Computed, not run: seconds of one core a frame (reading by s3fs, decoding, reducing) as measured "
+        "Computed, not run: seconds of one core a frame (reading from S3, decoding, reducing) as measured "
         "here, "
         "bytes as counted here, all workers busy "
         "(183 shards a CCD, 2,928 tasks in all: "
@@ -284,7 +284,7 @@ def run(cache: Path, *, repeats: int, quick: bool):
 
         cpu[f"{statistic}, kernel only"] = processor_seconds(frame, max(5, repeats))
     read = read_cpu(files[:8])
-    figures["seconds of one core a frame"] = {**cpu, "reading by s3fs": read}
+    figures["seconds of one core a frame"] = {**cpu, "reading from S3": read}
     study = {name.replace(", kernel only", ""): seconds + read for name, seconds in cpu.items()}
     tables = [
         table("Scale", ("", "measured", "bar", "met"), rows),

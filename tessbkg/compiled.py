@@ -1,7 +1,7 @@
 """Loops over pixels that do in one pass what NumPy needs many for; compiled by Numba when first called.
 
-Arrays are float32. `min` and `max` become vector instructions, which do not say where a NaN went: a loop is
-given none, or tells whether there are any. Tests hold each to the same in plain NumPy.
+Arrays are float32. `min` and `max` become vector instructions, which do not say where a NaN went: a loop that
+has them is given none. Tests hold each to the same in plain NumPy.
 
 Whoever calls these imports them where they are called, for Numba takes 0.3 s to import and 130 MB: what only
 gains a little from it stays with NumPy.

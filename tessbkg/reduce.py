@@ -75,9 +75,9 @@ and what comes with the share of masked pixels, at STRUCTURE_SIZES or the same a
 frames with and without glints, with many and with few dark ones."""
 
 SKEW: Final = {"median": (0.7, 4.0), "clipped": (0.5, 8.0), "rolling": (1.0, 12.0)}
-"""Error of what is no mean, as a share of its difference to the mean of the same pixels, and from how many
-variances of the bin on the square of that counts: the light of such a bin is uneven, and the mean is what is
-wanted. Fitted to the same frames."""
+"""Error of what is no mean, as a share of its difference to the mean of the same pixels (for `rolling`, of
+what the first halving gives), and from how many variances of the bin on the square of that counts: the light
+of such a bin is uneven, and the mean is what is wanted. Fitted to the same frames."""
 
 ROLLING_SHARE: Final = 0.03
 """Error of medians of medians of unevenly masked windows, as a share of the change of the light from bin to
@@ -353,7 +353,8 @@ def reduce_frame(flux: Floats, plan: Plan, flux_err: Floats | None = None) -> tu
         (value, moved), *others = reduce_whole(flux, plan.whole, plan.motion)
     else:
         value, mean = _statistic(flux, plan)
-        skew = None if mean is None else value - mean
+        with np.errstate(invalid="ignore"):
+            skew = None if mean is None else value - mean
         value[value >= CEILING] = np.nan
         moved = _take_motion_off(value, flux, plan)
     variance = plan.still + plan.rise * np.maximum(value, 0)
@@ -412,16 +413,19 @@ def _with_saturated(value: Floats, flux: Floats, size: int) -> Floats:
 
 
 def _skewed(skew: Floats, variance: Floats, share: float, least: float) -> Floats:
-    """Variance of bins by their difference to the mean, where one of the four neighbours has as much.
+    """Variance of bins by their difference to the mean, where two of the eight around have as much.
 
-    Light that is uneven goes on in the next bin; a cosmic ray or an asteroid does not.
+    Light that is uneven goes on in the next bins; a cosmic ray or an asteroid does not, but at a corner.
     """
-    square = np.nan_to_num(np.square(skew))
-    around = np.zeros_like(square)
-    for image, out in ((square, around), (square.T, around.T)):
-        np.maximum(out[1:], image[:-1], out=out[1:])
-        np.maximum(out[:-1], image[1:], out=out[:-1])
-    np.minimum(square, around, out=square)
+    square = np.square(np.clip(np.nan_to_num(skew), -CEILING, CEILING))
+    around = np.pad(square, 1, mode="reflect")
+    most, second = np.zeros((2, *square.shape), dtype=np.float32)
+    for y, x in np.ndindex(3, 3):
+        if (y, x) != (1, 1):
+            one = around[y : y + len(square), x : x + square.shape[1]]
+            np.maximum(second, np.minimum(most, one), out=second)
+            np.maximum(most, one, out=most)
+    np.minimum(square, second, out=square)
     return np.asarray(np.float32(share**2) * np.maximum(square - least * variance, 0))
 
 
@@ -541,7 +545,8 @@ def _blockwise(flux: Floats, plan: Plan) -> tuple[Floats, Floats]:
             counts = np.isfinite(flat).sum(axis=1)
         value[j] = statistic(flat, counts)
         ends = np.stack([first, first + counts], axis=1).reshape(-1)
-        mean[j] = np.add.reduceat(buffer, ends)[::2] / np.maximum(counts, 1)
+        with np.errstate(invalid="ignore", over="ignore"):  # infinities
+            mean[j] = np.add.reduceat(buffer, ends)[::2] / np.maximum(counts, 1)
     return value, mean
 
 
@@ -557,6 +562,7 @@ def _median(flat: Floats, counts: npt.NDArray[np.intp]) -> Floats:
 def _clipped(flat: Floats, counts: npt.NDArray[np.intp]) -> Floats:
     """Mean within CLIP_SIGMA of the median; sigma from the quartiles (interquartile range / 1.349)."""
     centre = _median(flat, counts)
+    counts = np.isfinite(flat).sum(axis=1)
     row = np.arange(len(flat))
     last = np.maximum(counts - 1, 0)
     with np.errstate(invalid="ignore"):  # empty bins hold infinities only

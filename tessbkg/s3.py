@@ -11,8 +11,8 @@ import threading
 from contextlib import closing
 from typing import Any, Final
 
-AIOHTTP: Final = frozenset({"connector_args", "http_session_cls"})
-"""What `config_kwargs` of s3fs can hold for aiohttp, which botocore does not know."""
+AIOBOTOCORE: Final = frozenset({"connector_args", "http_session_cls", "warm_up_loader_caches"})
+"""What `config_kwargs` of s3fs can hold for aiobotocore, which botocore does not know."""
 
 _clients: Final[dict[tuple[int, str], tuple[Any, dict[str, Any]]]] = {}
 _lock: Final = threading.Lock()
@@ -39,10 +39,11 @@ def get_range(fs: Any, path: str, start: int, end: int) -> bytes:
     from botocore.exceptions import ClientError  # noqa: PLC0415 (only for S3)
     from s3fs.errors import translate_boto_error  # noqa: PLC0415
 
-    bucket, key, _ = fs.split_path(path)
-    client, arguments = _client(fs)
+    bucket, key, version = fs.split_path(path)
+    client, more = _client(fs)
+    what = {"Bucket": bucket, "Key": key, "VersionId": version, "Range": f"bytes={start}-{end - 1}"}
     try:
-        answer = client.get_object(Bucket=bucket, Key=key, Range=f"bytes={start}-{end - 1}", **arguments)
+        answer = client.get_object(**more, **{name: value for name, value in what.items() if value})
     except ClientError as error:
         raise translate_boto_error(error) from error
     with closing(answer["Body"]) as body:
@@ -73,12 +74,13 @@ def _new_client(fs: Any) -> tuple[Any, dict[str, Any]]:
         "aws_session_token": fs.token,
     }
     given = {name: value for name, value in given.items() if value is not None}
-    arguments = {"use_ssl": fs.use_ssl, **fs.client_kwargs, **given}  # the order of s3fs
-    config = {name: value for name, value in fs.config_kwargs.items() if name not in AIOHTTP}
+    arguments = {"use_ssl": fs.use_ssl, **fs.client_kwargs, **given}
+    config = {name: value for name, value in fs.config_kwargs.items() if name not in AIOBOTOCORE}
     if fs.anon:
         arguments = {name: value for name, value in arguments.items() if not name.startswith("aws_")}
         config["signature_version"] = UNSIGNED
     client = Session(**fs.kwargs).create_client("s3", config=Config(**config), **arguments)
-    known = client.meta.service_model.operation_model("GetObject").input_shape.members
+    known = {*client.meta.service_model.operation_model("GetObject").input_shape.members}
+    known -= {"Bucket", "Key", "VersionId", "Range"}
     more = {**fs.s3_additional_kwargs, **fs.req_kw}
-    return client, {name: value for name, value in more.items() if name in known}
+    return client, {name: more[name] for name in known & more.keys() if more[name] is not None}

@@ -232,8 +232,8 @@ def is_transient(error: BaseException) -> bool:
     On S3 403 and 404 are `PermissionError` and `FileNotFoundError`, other answers `OSError` with an errno
     (EBUSY for 503, EREMOTEIO for 500), as s3fs translates them. A stall is botocore's `ReadTimeoutError`,
     or fsspec's `FSTimeoutError` within the body of one of many; a lost connection botocore's
-    `HTTPClientError`, within the body `IncompleteReadError` or aiohttp's `ClientPayloadError`. fsspec over
-    HTTP raises aiohttp's errors.
+    `HTTPClientError`, within the body `IncompleteReadError`, urllib3's `SSLError` or aiohttp's
+    `ClientPayloadError`. fsspec over HTTP raises aiohttp's errors.
     """
     if isinstance(
         error, FileNotFoundError | PermissionError | IsADirectoryError | NotADirectoryError | ValueError
@@ -249,7 +249,7 @@ def is_transient(error: BaseException) -> bool:
     kinds = {(kind.__module__.split(".")[0], kind.__name__) for kind in type(error).__mro__}
     lost = {("aiohttp", "ClientError"), ("botocore", "HTTPClientError"), ("botocore", "ConnectionError")}
     broken = {("botocore", "IncompleteReadError"), ("botocore", "ResponseParserError")}
-    return bool(kinds & (lost | broken))
+    return bool(kinds & (lost | broken | {("urllib3", "HTTPError")}))
 
 
 def _error_code(error: BaseException) -> str:

@@ -214,7 +214,7 @@ def open_filesystem(endpoint_url: str, *, anon: bool) -> s3fs.S3FileSystem:
 
 
 def close_filesystems(endpoint_url: str) -> None:
-    """Close all file systems of a server that fsspec keeps, those of the code under test too, and drop them.
+    """Close all file systems of a server that fsspec keeps, and clients that tessbkg keeps, and drop them.
 
     Each holds 13 MB and connections. s3fs closes them when they are collected, but gives up after 0.1 s, and
     the ResourceWarning then fails whatever test is running.
@@ -231,6 +231,10 @@ def close_filesystems(endpoint_url: str) -> None:
             del kept[token]
             if filesystem._s3 is not None:
                 sync(filesystem.loop, filesystem._s3.__aexit__, None, None, None)
+    from tessbkg import s3
+
+    for options in [options for options in s3._clients if endpoint_url in str(options)]:
+        s3._clients.pop(options)[0].close()
 
 
 def public_read_policy(bucket: str) -> str:

@@ -329,13 +329,13 @@ def test_light_that_is_outvoted_is_told_in_the_error_but_not_an_outlier(statisti
     plain = reduce_frame(flux, plan)[1]
     ridge, spot = flux.copy(), flux.copy()
     ridge[140:148] += 40
-    spot[140:146, 140:146] += 4000
+    spot[140:146, 157:163] += 4000  # on the border of two bins
     (value, error), (before, _) = reduce_frame(ridge, plan), reduce_frame(flux, plan)
     off = value[4] - before[4] - 40 * 8 / 32
     assert np.abs(off).min() > 4
     assert (np.abs(off) < 2.5 * error[4]).all()
     np.testing.assert_allclose(error[7], plain[7], rtol=0.2)
-    assert (reduce_frame(spot, plan)[1] < 3 * plain).all()  # its mean is off by 140
+    assert reduce_frame(spot, plan)[1].max() < 0.1  # the means of its bins are off by 70
 
 
 def test_variance_of_the_median_by_monte_carlo():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import itertools
 import threading
@@ -11,6 +12,7 @@ import aiohttp
 import botocore.exceptions
 import fsspec
 import pytest
+import urllib3
 from fsspec.exceptions import FSTimeoutError
 from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given
@@ -144,6 +146,7 @@ def answered(status):
         botocore.exceptions.ConnectionClosedError(endpoint_url="http://x"),
         botocore.exceptions.IncompleteReadError(actual_bytes=1, expected_bytes=2),
         botocore.exceptions.ResponseStreamingError(error="reset"),
+        urllib3.exceptions.SSLError("bad record"),
     ],
 )
 def test_transient(error):
@@ -327,9 +330,18 @@ def test_credentials_come_from_a_profile_or_the_configuration_of_fsspec(
 def test_options_of_s3_reach_the_client_of_ranges(hadro, public, proxy):
     front = proxy(hadro)
     more = {
-        "client_kwargs": {"region_name": "eu-west-1", "endpoint_url": "http://127.0.0.1:9"},
-        "config_kwargs": {"user_agent_extra": "tester", "connector_args": {"force_close": True}},
-        "s3_additional_kwargs": {"ExpectedBucketOwner": "123456789012", "ServerSideEncryption": "AES256"},
+        "client_kwargs": {"region_name": "eu-west-1"},
+        "config_kwargs": {
+            "user_agent_extra": "tester",
+            "connector_args": {"force_close": True},
+            "warm_up_loader_caches": True,
+        },
+        "s3_additional_kwargs": {
+            "ExpectedBucketOwner": "123456789012",
+            "ServerSideEncryption": "AES256",
+            "RequestPayer": None,
+            "Range": "bytes=5-7",
+        },
     }
     fs = owned(front, requester_pays=True, **more)
     assert read_range(fs, public, 0, 9) == DATA[:9]
@@ -340,6 +352,15 @@ def test_options_of_s3_reach_the_client_of_ranges(hadro, public, proxy):
     assert headers["x-amz-request-payer"] == "requester"
     assert headers["x-amz-expected-bucket-owner"] == "123456789012"
     assert "x-amz-server-side-encryption" not in headers
+
+
+def test_a_version_that_a_url_names_is_asked_for(ministack, private, proxy):
+    front = proxy(ministack)
+    options = source_options("s3://b", {**front.options(), "anon": False})
+    fs, path = filesystem(f"s3://{private}?versionId=old", options)
+    with contextlib.suppress(FFIReadError):
+        read_range(fs, path, 0, 9)
+    assert front.log[0].request.query == "versionId=old"
 
 
 def test_threads_share_one_client_and_read_side_by_side(hadro, public, proxy):
