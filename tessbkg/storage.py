@@ -248,8 +248,12 @@ def is_transient(error: BaseException) -> bool:
         return True
     kinds = {(kind.__module__.split(".")[0], kind.__name__) for kind in type(error).__mro__}
     lost = {("aiohttp", "ClientError"), ("botocore", "HTTPClientError"), ("botocore", "ConnectionError")}
-    broken = {("botocore", "IncompleteReadError"), ("botocore", "ResponseParserError")}
-    return bool(kinds & (lost | broken | {("urllib3", "HTTPError")}))
+    broken = {
+        ("botocore", "IncompleteReadError"),
+        ("botocore", "ResponseParserError"),
+        ("urllib3", "HTTPError"),
+    }
+    return bool(kinds & (lost | broken))
 
 
 def _error_code(error: BaseException) -> str:

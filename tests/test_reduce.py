@@ -323,7 +323,7 @@ def test_errors_beside_a_saturated_bin_are_large_but_not_beside_a_lost_one(stati
 
 @pytest.mark.parametrize("statistic", ["median", "clipped", "rolling"])
 def test_light_that_is_outvoted_is_told_in_the_error_but_not_an_outlier(statistic):
-    """A ridge that a minority of the pixels of many bins see, and a spot in one bin."""
+    """A ridge that a minority of the pixels of many bins see, and a spot that two bins share."""
     flux, mask = random_case(7, (256, 256), 0.0)
     plan = plan_reduction(np.zeros_like(flux), mask, bin=32, statistic=statistic, noise=NOISE)
     plain = reduce_frame(flux, plan)[1]
